@@ -1,0 +1,1 @@
+"""What a run is: its recipe, its place on the hardware, its directory, its processes, its reports."""

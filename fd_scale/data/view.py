@@ -1,0 +1,101 @@
+"""Which part of an image do the networks see, and at which sizes?
+
+One crop and flip per sample, shared by all networks, drawn from the sample's own key; each distinct input
+size is resampled from that same crop. Pixels stay uint8: every network normalises at its own door.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as geometry
+
+from fd_scale.data import philox
+from fd_scale.run import recipe
+
+TRIES = 10
+"""Attempts to fit a crop before the central one is taken (torchvision's RandomResizedCrop)."""
+
+Interpolation = Literal["bicubic", "bilinear"]
+
+
+class Box(NamedTuple):
+    """A crop in pixels of the decoded image, and whether it is mirrored left to right after resampling."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+def draw(view: recipe.View, key: bytes | np.ndarray, height: int, width: int) -> Box:
+    """The crop and flip of a sample (its Philox key, ``plan.Samples.key``) whose image is height x width.
+
+    The algorithm of torchvision's RandomResizedCrop: area uniform in ``crop_scale``, log aspect ratio uniform
+    in ``crop_ratio``, ``TRIES`` attempts, then the largest central crop within the ratios.
+    """
+    uniform = philox.uniforms(philox.words(key, 1 + 4 * TRIES))
+    flip = bool(uniform[0] < view.flip)
+    low, high = view.crop_scale
+    log_low, log_high = math.log(view.crop_ratio[0]), math.log(view.crop_ratio[1])
+    for by_area, by_ratio, by_top, by_left in uniform[1:].reshape(TRIES, 4).tolist():
+        area = height * width * (low + (high - low) * by_area)
+        ratio = math.exp(log_low + (log_high - log_low) * by_ratio)
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = int(by_top * (height - crop_height + 1)), int(by_left * (width - crop_width + 1))
+            return Box(top, left, crop_height, crop_width, flip)
+    return _central(view.crop_ratio, height, width)._replace(flip=flip)
+
+
+def apply(
+    image_HWC: np.ndarray, box: Box, sizes: Sequence[int], interpolation: Interpolation
+) -> dict[int, Tensor]:
+    """Every size (pixels) with its uint8 (3, size, size) view of the crop; antialiased on uint8."""
+    crop = image_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
+    planes = _planes(crop)
+    views = {size: _resize(planes, [size, size], interpolation) for size in sizes}
+    return {size: view.flip(-1) if box.flip else view for size, view in views.items()}
+
+
+def training_view(
+    image_HWC: np.ndarray, key: np.ndarray, *, view: recipe.View, sizes: Sequence[int]
+) -> dict[int, Tensor]:
+    """Draw and apply: the views of one training sample."""
+    box = draw(view, key, *image_HWC.shape[:2])
+    return apply(image_HWC, box, sizes, view.interpolation)
+
+
+def centre_view(image_HWC: np.ndarray, *, size: int, crop_pct: float) -> Tensor:
+    """The view of evaluation: short side to floor(size / crop_pct), central square; uint8 (3, size, size).
+
+    As timm evaluates with ``crop_mode='center'``; ``crop_pct`` is in (0, 1], resampling bicubic.
+    """
+    short = math.floor(size / crop_pct)
+    return geometry.center_crop(_resize(_planes(image_HWC), [short], "bicubic"), [size, size])
+
+
+def _planes(image_HWC: np.ndarray) -> Tensor:
+    """(3, height, width) with the channels of a pixel side by side, which resampling is fastest at."""
+    return torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1)
+
+
+def _resize(image_CHW: Tensor, size: list[int], interpolation: Interpolation) -> Tensor:
+    return geometry.resize(image_CHW, size, InterpolationMode(interpolation), antialias=True)
+
+
+def _central(crop_ratio: tuple[float, float], height: int, width: int) -> Box:
+    lowest, highest = crop_ratio
+    crop_height, crop_width = height, width
+    if width / height < lowest:
+        crop_height = round(width / lowest)
+    elif width / height > highest:
+        crop_width = round(height * highest)
+    return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, False)

@@ -1,0 +1,320 @@
+"""Batches: equal pixels for any processes, workers, start, micro-batches; bad samples masked and booked."""
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fd_scale.data.decode import decode
+from fd_scale.data.index import ShardSet, build_index
+from fd_scale.data.loader import TrainLoader, evaluation_batches
+from fd_scale.data.pack import pack, write_shards
+from fd_scale.data.plan import Plan
+from fd_scale.data.reader import Batch
+from fd_scale.data.view import centre_view, training_view
+from fd_scale.errors import ScaleError, ShardError
+from fd_scale.run import recipe
+from tests.data.pictures import encoded, image_folder, jpeg, picture
+
+VIEW = recipe.View()
+GLOBAL_BATCH = 8
+Hashed = tuple[str, tuple[str, ...]]
+PHOTOS = Path(__file__).parents[2].parent / "shared" / "data" / "photos.tar"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    folder = tmp_path_factory.mktemp("data")
+    pack(image_folder(folder / "in", 29, classes=3), folder / "out", max_count=7)
+    return ShardSet.open(folder / "out")
+
+
+def plan_of(shards: ShardSet, **changes) -> Plan:
+    options = {"seed": 1, "global_batch": GLOBAL_BATCH, "block": 3, **changes}
+    return Plan(shards.counts, fingerprint=shards.fingerprint, **options)
+
+
+def loader_of(
+    shards: ShardSet, rank: int = 0, world: int = 1, accumulation: int = 1, **changes
+) -> TrainLoader:
+    options = {
+        "micro_batch": GLOBAL_BATCH // world // accumulation,
+        "sizes": (16, 24),
+        "stop_step": 5,
+        **changes,
+    }
+    sizes, view = options.pop("sizes"), options.pop("view", VIEW)
+    plan = options.pop("plan", None) or plan_of(shards)
+    return TrainLoader(
+        shards, plan, view, sizes, rank=rank, world_size=world, accumulation=accumulation, **options
+    )
+
+
+def global_batches(shards: ShardSet, world: int, accumulation: int = 1, **changes) -> list[Hashed]:
+    """SHA-256 of all pixels, and the keys, of every global batch, from all its ranks and micro-batches."""
+    ranks = [list(loader_of(shards, rank, world, accumulation, **changes)) for rank in range(world)]
+    batches = []
+    for step in range(len(ranks[0]) // accumulation):
+        parts = [batch for rank in ranks for batch in rank[step * accumulation : (step + 1) * accumulation]]
+        whole = hashlib.sha256()
+        for size in (16, 24):
+            whole.update(torch.cat([part.pixels[size] for part in parts]).numpy().tobytes())
+        whole.update(torch.cat([part.valid for part in parts]).numpy().tobytes())
+        batches.append((whole.hexdigest(), tuple(itertools.chain(*(part.keys for part in parts)))))
+    return batches
+
+
+@pytest.fixture(scope="module")
+def reference(shards) -> list[Hashed]:
+    return global_batches(shards, world=1)
+
+
+@pytest.mark.parametrize(
+    ("world", "workers", "accumulation"),
+    [(1, 2, 1), (1, 0, 4), (1, 2, 2), (2, 0, 1), (2, 2, 2), (4, 0, 1), (4, 2, 1), (8, 0, 1)],
+)
+def test_global_batches_are_pixel_identical(shards, reference, world, workers, accumulation):
+    assert global_batches(shards, world, accumulation, workers=workers) == reference
+
+
+@pytest.mark.parametrize("start", [1, 3, 4])
+def test_a_late_start_gives_the_same_batches(shards, reference, start):
+    # Three steps are one epoch, so step 4 lies in the second.
+    assert global_batches(shards, 2, start_step=start) == reference[start:]
+
+
+def test_batches_are_what_the_plan_and_the_view_say(shards):
+    plan = plan_of(shards)
+    for step, batch in enumerate(loader_of(shards, plan=plan, sizes=[24, 16, 24], labels=True)):
+        samples = plan.samples(step)
+        assert isinstance(batch, Batch)
+        assert len(batch) == GLOBAL_BATCH
+        assert list(batch.pixels) == [16, 24]
+        assert batch.valid.all()
+        for row, (shard, index) in enumerate(zip(samples.shard, samples.index, strict=True)):
+            sample = shards.read(shard, index)
+            expected = training_view(decode(sample.image), samples.key[row], view=VIEW, sizes=(16, 24))
+            assert batch.keys[row] == sample.key
+            assert batch.labels[row] == sample.label == int(sample.key[len("class_")])
+            for size in (16, 24):
+                assert torch.equal(batch.pixels[size][row], expected[size])
+
+
+def test_without_labels_there_are_none(shards):
+    assert next(iter(loader_of(shards))).labels is None
+
+
+def test_the_view_of_the_recipe_is_used(shards):
+    plain, bilinear = (
+        next(iter(loader_of(shards, view=recipe.View(interpolation=mode))))
+        for mode in ("bicubic", "bilinear")
+    )
+    assert plain.keys == bilinear.keys
+    assert not torch.equal(plain.pixels[16], bilinear.pixels[16])
+
+
+def test_exif_follows_the_recipe(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_shards([("a", {"jpg": encoded(picture(0, 30, 40), "JPEG", exif=exif)})], tmp_path)
+    turned = ShardSet.open(tmp_path)
+    plan = Plan(turned.counts, seed=0, global_batch=1)
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1e-3, 1e3), "flip": 0.0}
+    for policy in ("ignore", "apply"):
+        view = recipe.View(**whole, exif=policy)
+        batch = next(iter(loader_of(turned, plan=plan, view=view, sizes=[8], micro_batch=1)))
+        image = decode(turned.read(0, 0).image, exif=policy)
+        assert torch.equal(
+            batch.pixels[8][0], training_view(image, plan.samples(0).key[0], view=view, sizes=[8])[8]
+        )
+
+
+def with_damage(folder: Path, bad: dict[int, bytes], count: int = 24) -> ShardSet:
+    """A set whose samples of these numbers hold these bytes instead of an image."""
+    samples = ((f"s{n:02d}", {"jpg": bad.get(n, jpeg(n)), "cls": b"1"}) for n in range(count))
+    write_shards(samples, folder, max_count=9)
+    return ShardSet.open(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_masked_counted_and_named(tmp_path, workers):
+    shards = with_damage(tmp_path / "set", {2: b"", 11: jpeg(1)[:500], 20: b"<html>"})
+    path = tmp_path / "quarantine.jsonl"
+    loader = loader_of(shards, stop_step=3, workers=workers, quarantine_path=path, labels=True, sizes=[16])
+    batches = list(loader)
+    valid = {key: bool(ok) for batch in batches for key, ok in zip(batch.keys, batch.valid, strict=True)}
+    assert {key for key, ok in valid.items() if not ok} == {"s02", "s11", "s20"}
+    assert len(valid) == 24
+    for batch in batches:
+        assert (batch.pixels[16][~batch.valid] == 0).all()
+        assert (batch.pixels[16][batch.valid].flatten(1).sum(1) > 0).all()
+        assert batch.labels.tolist() == [1 if ok else -1 for ok in batch.valid]
+    assert (loader.seen, loader.bad) == (24, 3)
+    lines = {line["key"]: line for line in map(json.loads, path.read_text().splitlines())}
+    assert {key: (line["shard"], line["stage"]) for key, line in lines.items()} == {
+        "s02": ("shard-000000.tar", "decode"),
+        "s11": ("shard-000001.tar", "decode"),
+        "s20": ("shard-000002.tar", "decode"),
+    }
+    assert lines["s02"]["error"] == "the file is empty"
+    assert set(valid) == {f"s{n:02d}" for n in range(24)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run(tmp_path, workers):
+    shards = with_damage(tmp_path / "set", dict.fromkeys(range(0, 24, 2), b""))
+    loader = loader_of(shards, stop_step=None, workers=workers, quarantine_path=tmp_path / "q.jsonl")
+    with pytest.raises(
+        ShardError, match=r"samples could not be used.*shard shard-00000\d\.tar, key s\d\d, decode: the file"
+    ):
+        for _ in loader:
+            pass
+    assert 9 <= loader.bad <= 16  # over the grace of 8 by the end of some batch of 8
+
+
+def test_no_bad_sample_is_borne_at_zero(tmp_path):
+    shards = with_damage(tmp_path / "set", {5: b""})
+    with pytest.raises(ShardError, match=r"1 of \d+ samples"):
+        list(loader_of(shards, stop_step=3, max_bad_fraction=0))
+
+
+def test_a_missing_label_is_a_fault_only_where_labels_are_asked_for(tmp_path):
+    write_shards([(f"s{n}", {"jpg": jpeg(n), **({"cls": b"2"} if n else {})}) for n in range(8)], tmp_path)
+    shards = ShardSet.open(tmp_path)
+    assert next(iter(loader_of(shards))).valid.all()
+    batch = next(iter(loader_of(shards, labels=True)))
+    assert dict(zip(batch.keys, batch.labels.tolist(), strict=True)) == {
+        f"s{n}": 2 if n else -1 for n in range(8)
+    }
+    assert batch.valid.sum() == 7
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_table_that_breaks_in_use_is_one_clear_message(tmp_path, workers):
+    shards = with_damage(tmp_path / "set", {})
+    for table in (tmp_path / "set" / "offsets").iterdir():
+        table.write_bytes(b"")
+    with pytest.raises(ShardError, match=r"^the table of offsets .* cannot be used"):
+        next(iter(loader_of(shards, workers=workers)))
+
+
+def test_numbers_that_are_not_the_global_batch_are_refused(shards):
+    with pytest.raises(
+        ScaleError, match="micro-batch 3 x accumulation 2 x 1 processes is 6, not the global batch of 8"
+    ):
+        loader_of(shards, accumulation=2, micro_batch=3)
+    plan = plan_of(shards, global_batch=6)
+    with pytest.raises(
+        ScaleError, match=r"4 processes cannot share the 6 streams .* numbers that can: 1, 2, 3, 6"
+    ):
+        loader_of(shards, world=4, plan=plan, micro_batch=1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_numbers_of_the_training_process_are_not_touched(shards, workers):
+    torch.manual_seed(3)
+    np.random.seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    list(loader_of(shards, workers=workers))
+    assert torch.equal(before[0], torch.get_rng_state())
+    np.testing.assert_array_equal(before[1], np.random.get_state()[1])
+
+
+def consume(shards: ShardSet, pipe: Connection) -> None:
+    """A main process with two workers that is told to end while it reads."""
+    os.setsid()
+    told = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    signal.signal(signal.SIGINT, lambda number, _: told.append(number))
+    batches = iter(loader_of(shards, stop_step=None, workers=2))
+    next(batches)
+    pipe.send("ready")
+    pipe.recv()
+    pipe.send((sum(len(next(batches)) for _ in range(20)), sorted(told)))
+    # The loader is still open here, and the process must end at once all the same.
+
+
+def test_signals_to_workers_are_left_to_the_main_process(shards):
+    ours, theirs = Pipe()
+    process = get_context("fork").Process(target=consume, args=(shards, theirs))
+    process.start()
+    try:
+        assert ours.poll(30)
+        assert ours.recv() == "ready"
+        os.killpg(process.pid, signal.SIGTERM)  # what a batch system does
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        ours.send("go on")
+        assert ours.poll(30)
+        assert ours.recv() == (20 * GLOBAL_BATCH, [signal.SIGINT, signal.SIGTERM])
+        process.join(30)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("world", "batch", "workers"), [(1, 4, 0), (1, 100, 0), (3, 5, 0), (2, 4, 2), (40, 1, 0)]
+)
+def test_evaluation_sees_every_sample_once_in_order(shards, world, batch, workers):
+    options = {"size": 16, "crop_pct": 0.9, "batch": batch, "world_size": world, "workers": workers}
+    parts = [list(evaluation_batches(shards, rank=rank, **options)) for rank in range(world)]
+    whole = list(itertools.chain(*parts))
+    assert all(len(b) <= batch for b in whole)
+    sizes = [sum(map(len, part)) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    everything = [shards.read(s, i) for s, count in enumerate(shards.counts) for i in range(count)]
+    assert list(itertools.chain(*(b.keys for b in whole))) == [sample.key for sample in everything]
+    assert torch.cat([b.labels for b in whole]).tolist() == [sample.label for sample in everything]
+    expected = torch.stack(
+        [centre_view(decode(sample.image), size=16, crop_pct=0.9) for sample in everything]
+    )
+    assert torch.equal(torch.cat([b.pixels[16] for b in whole]), expected)
+
+
+def test_evaluation_passes_over_empty_shards_and_masks_damage(tmp_path):
+    shards = with_damage(tmp_path, {3: b""}, count=10)
+    batches = list(evaluation_batches(shards, size=16, crop_pct=1.0, batch=4))
+    assert torch.cat([b.valid for b in batches]).tolist() == [n != 3 for n in range(10)]
+    assert torch.cat([b.labels for b in batches]).tolist() == [1, 1, 1, -1, *[1] * 6]
+
+
+def test_evaluation_without_labels(tmp_path):
+    write_shards([(f"s{n}", {"jpg": jpeg(n)}) for n in range(12)], tmp_path)
+    shards = ShardSet.open(tmp_path)
+    batch = next(evaluation_batches(shards, size=16, crop_pct=1.0, batch=4, labels=False))
+    assert batch.labels is None
+    assert batch.valid.all()
+    with pytest.raises(ShardError, match="label: the sample has no label"):
+        list(evaluation_batches(shards, size=16, crop_pct=1.0, batch=4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_arrive_in_page_locked_memory(shards, reference, workers):
+    for batch in loader_of(shards, workers=workers, pin_memory=True, labels=True):
+        assert all(part.is_pinned() for part in (*batch.pixels.values(), batch.valid, batch.labels))
+    assert global_batches(shards, 1, workers=workers, pin_memory=True) == reference
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason=f"needs the photographs of {PHOTOS}")
+def test_real_photographs_from_an_existing_tar(tmp_path):
+    report = build_index([PHOTOS], tmp_path)
+    assert (report.num_samples, report.ignored) == (250, ())
+    photos = ShardSet.open(tmp_path)
+    plan = Plan(photos.counts, seed=0, global_batch=16)
+    one = next(iter(loader_of(photos, plan=plan, sizes=[64], micro_batch=16, max_bad_fraction=0)))
+    half = [
+        next(iter(loader_of(photos, r, 2, plan=plan, sizes=[64], micro_batch=8, workers=1))) for r in (0, 1)
+    ]
+    assert one.valid.all()
+    assert torch.equal(one.pixels[64], torch.cat([part.pixels[64] for part in half]))

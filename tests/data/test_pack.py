@@ -1,0 +1,223 @@
+"""Packing: bytes kept, reproducible, shuffled, and never half a set of shards."""
+
+import hashlib
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+from rich.progress import Progress
+
+from fd_scale.data import pack as packing
+from fd_scale.data.index import ShardSet
+from fd_scale.data.pack import pack, write_shards
+from fd_scale.errors import ShardError
+from tests.data.pictures import image_folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def samples(folder: Path) -> dict[str, tuple[bytes, int | None]]:
+    shards = ShardSet.open(folder)
+    read = [shards.read(s, i) for s, count in enumerate(shards.counts) for i in range(count)]
+    assert len({sample.key for sample in read}) == len(read)
+    return {sample.key: (sample.image, sample.label) for sample in read}
+
+
+def test_a_flat_folder_keeps_every_byte(tmp_path):
+    source = image_folder(tmp_path / "in", 23)
+    report = pack(source, tmp_path / "out", max_count=5)
+    assert samples(tmp_path / "out") == {
+        f"picture_{n:03d}": ((source / f"picture {n:03d}.JPEG").read_bytes(), None) for n in range(23)
+    }
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.counts.tolist() == [5, 5, 5, 5, 3]
+    assert (report.num_shards, report.num_samples, report.classes, report.skipped) == (5, 23, None, {})
+    assert report.num_bytes == sum((tmp_path / "out" / name).stat().st_size for name in shards.names)
+
+
+def test_class_folders_give_labels_in_sorted_order(tmp_path):
+    source = image_folder(tmp_path / "in", 20, classes=3)
+    deep = source / "class_1" / "deep.er"
+    deep.mkdir()
+    (deep / "x.y.png").write_bytes(b"not looked at")
+    report = pack(source, tmp_path / "out")
+    assert report.classes == ("class_0", "class_1", "class_2")
+    assert ShardSet.open(tmp_path / "out").classes == report.classes
+    packed = samples(tmp_path / "out")
+    assert packed["class_1/deep_er/x_y"] == (b"not looked at", 1)
+    assert {key.split("/")[0]: label for key, (_, label) in packed.items()} == {
+        f"class_{n}": n for n in range(3)
+    }
+
+
+def test_bytes_depend_on_source_and_seed_alone(tmp_path):
+    source = image_folder(tmp_path / "in", 17, classes=2)
+    pack(source, tmp_path / "first", max_count=4, seed=3)
+    for path in source.rglob("*"):
+        os.utime(path, (1, 1))
+    moved = source.rename(tmp_path / "moved")
+    pack(moved, tmp_path / "again", max_count=4, seed=3)
+    pack(moved, tmp_path / "other", max_count=4, seed=4)
+    assert digests(tmp_path / "first") == digests(tmp_path / "again")
+    first, other = (ShardSet.open(tmp_path / name) for name in ("first", "other"))
+    assert [first.key(0, i) for i in range(4)] != [other.key(0, i) for i in range(4)]
+    assert samples(tmp_path / "first") == samples(tmp_path / "other")
+    with tarfile.open(tmp_path / "first" / "shard-000000.tar") as tar:
+        for member in tar:
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+
+
+def test_the_shuffle_is_over_the_whole_set(tmp_path):
+    pack(image_folder(tmp_path / "in", 60), tmp_path / "out", max_count=10)
+    shards = ShardSet.open(tmp_path / "out")
+    first = [int(shards.key(0, i).removeprefix("picture_")) for i in range(10)]
+    assert max(first) - min(first) > 30
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its files open
+def test_webdataset_reads_the_shards_as_we_do(tmp_path):
+    pack(image_folder(tmp_path / "in", 9, classes=2), tmp_path / "out", max_count=4)
+    shards = ShardSet.open(tmp_path / "out")
+    urls = [str(tmp_path / "out" / name) for name in shards.names]
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False))
+    ours = [shards.read(s, i) for s, count in enumerate(shards.counts) for i in range(count)]
+    assert [(s["__key__"], s["jpeg"], int(s["cls"])) for s in theirs] == [
+        (s.key, s.image, s.label) for s in ours
+    ]
+
+
+def test_the_checksum_of_a_shard_is_in_the_manifest(tmp_path):
+    lines = write_shards([("a", {"jpg": b"x"})], tmp_path / "out")
+    assert lines[0].sha256 == hashlib.sha256((tmp_path / "out" / lines[0].url).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("max_bytes", [10_240, 20_480, 51_200])
+def test_shards_stay_within_their_bytes(tmp_path, max_bytes):
+    sizes = [100, 5_000, 513, 4_000, 60_000, 1, 2_000, 9_000, 8_192, 512]
+    write_shards(((f"k{n}", {"jpg": b"x" * s}) for n, s in enumerate(sizes)), tmp_path, max_bytes=max_bytes)
+    shards = ShardSet.open(tmp_path)
+    assert shards.num_samples == len(sizes)
+    for name, count in zip(shards.names, shards.counts, strict=True):
+        size = (tmp_path / name).stat().st_size
+        assert size <= max_bytes or count == 1
+    if max_bytes == 51_200:  # no shard but the large sample's could have taken its neighbour too
+        assert shards.counts.tolist() == [4, 1, 5]
+
+
+def test_keys_are_plain_unique_and_short(tmp_path):
+    source = tmp_path / "in"
+    names = [
+        "a.b.jpg",
+        "a_b.jpg",
+        "a b.png",
+        "\u043a\u043b.jpg",
+        "\u043a\u043b\u044e.jpg",
+        f"{'n' * 200}.jpg",
+        f"{'n' * 201}.jpg",
+        "a.JPG",
+    ]
+    source.mkdir()
+    for number, name in enumerate(names):
+        (source / name).write_bytes(b"%d" % number)
+    pack(source, tmp_path / "out")
+    packed = samples(tmp_path / "out")
+    assert {image for image, _ in packed.values()} == {b"%d" % n for n in range(len(names))}
+    assert all(len(key) <= packing.KEY_LENGTH for key in packed)
+    assert all(
+        key.replace("_", "").replace("-", "").isalnum() and key.isascii() for key in packed if key.strip("_")
+    )
+
+
+def test_limit_keeps_the_first_of_the_shuffled_order(tmp_path):
+    source = image_folder(tmp_path / "in", 12)
+    pack(source, tmp_path / "all")
+    report = pack(source, tmp_path / "some", limit=5)
+    everything, some = (ShardSet.open(tmp_path / name) for name in ("all", "some"))
+    assert report.num_samples == 5
+    assert [some.key(0, i) for i in range(5)] == [everything.key(0, i) for i in range(5)]
+
+
+def test_links_to_class_folders_are_followed_once(tmp_path):
+    real = image_folder(tmp_path / "real", 3)
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "linked").symlink_to(real)
+    (real / "loop").symlink_to(source)
+    assert pack(source, tmp_path / "out").num_samples == 3
+
+
+def test_files_that_are_no_images_are_counted(tmp_path):
+    source = image_folder(tmp_path / "in", 2)
+    for name in ("notes.txt", "more.TXT", ".hidden.jpg", "Thumbs"):
+        (source / name).write_bytes(b"")
+    assert pack(source, tmp_path / "out").skipped == {".txt": 2, ".jpg": 1, "Thumbs": 1}
+
+
+def test_folders_without_images_say_what_was_looked_for(tmp_path):
+    with pytest.raises(ShardError, match="absent is not a folder of images"):
+        pack(tmp_path / "absent", tmp_path / "out")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(
+        ShardError, match=r"no images in .*in: it holds no files at all; .*looked for: jpg, jpeg"
+    ):
+        pack(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "a.heic").write_bytes(b"")
+    with pytest.raises(ShardError, match=r"it holds 1 \.heic; extensions looked for: jpg"):
+        pack(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_beside_class_folders_are_refused(tmp_path):
+    source = image_folder(tmp_path / "in", 4, classes=2)
+    image_folder(source, 1)
+    with pytest.raises(ShardError, match=r"1 images beside its 2 folders .*picture 000.JPEG, class_0/"):
+        pack(source, tmp_path / "out")
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    source = image_folder(tmp_path / "in", 3)
+    with pytest.raises(ShardError, match=r"in is not empty \(picture 000\.JPEG"):
+        pack(source, source)
+    pack(source, tmp_path / "out")
+    with pytest.raises(ShardError, match=r"out is not empty \(index\.json\)"):
+        pack(source, tmp_path / "out")
+    with pytest.raises(ShardError, match=r"picture 000\.JPEG is a file"):
+        pack(source, source / "picture 000.JPEG")
+
+
+def test_a_pack_that_broke_off_is_no_set_and_starts_again(tmp_path):
+    source = image_folder(tmp_path / "in", 9)
+    (source / "zz.jpg").symlink_to(tmp_path / "absent")
+    with pytest.raises(ShardError, match=r"zz\.jpg cannot be read: No such file"):
+        pack(source, tmp_path / "out", max_count=1)
+    with pytest.raises(ShardError, match=r"has no index\.json"):
+        ShardSet.open(tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    (tmp_path / "out" / "shard-000077.tar.partial").write_bytes(b"killed here")
+    (source / "zz.jpg").unlink()
+    pack(source, tmp_path / "out", max_count=4)
+    pack(source, tmp_path / "fresh", max_count=4)
+    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+
+
+def test_samples_that_nobody_could_read_back_are_our_fault(tmp_path):
+    with pytest.raises(ValueError, match="no reader would find"):
+        write_shards([("a", {"jpg": b"x"}), ("b", {"txt": b"x"})], tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar*"))
+
+
+@pytest.mark.parametrize("wrong", [{"max_count": 0}, {"max_bytes": 0}])
+def test_limits_must_be_positive(tmp_path, wrong):
+    with pytest.raises(ShardError, match="must be at least 1"):
+        pack(image_folder(tmp_path / "in", 1), tmp_path / "out", **wrong)
+
+
+def test_progress_reaches_the_total(tmp_path):
+    progress = Progress(disable=True)
+    pack(image_folder(tmp_path / "in", 7), tmp_path / "out", max_count=3, progress=progress)
+    assert [(task.completed, task.total) for task in progress.tasks] == [(7, 7)]

@@ -1,0 +1,1 @@
+"""How a student is trained: parameter groups, schedule, the ZeRO engine and its checkpoints."""

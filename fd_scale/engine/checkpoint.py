@@ -1,0 +1,324 @@
+"""Checkpoints: whole or not there, free of pickles, and readable on another number of processes or ZeRO
+stage.
+
+    checkpoints/
+      step-00012000/             a checkpoint: it has this name only when everything in it is on the disk
+        manifest.json            step, shapes of all parameters, size and SHA-256 of files, the run's facts
+        rank-00000.safetensors   this rank's fragments: master/<parameter>, exp_avg/..., exp_avg_sq/...
+        rank-00001.safetensors
+      step-00012500.partial/     a save that was cut off; never read, removed by the next save
+
+A fragment is a flat float32 run of a parameter's elements; the file's metadata gives where it starts. Any
+rank of any later run can therefore collect the elements it needs. Rank 0's file also holds the module's
+buffers. Retention keeps the newest few and every n-th; a damaged newest checkpoint gives way to the one
+before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fd_scale.engine import fragments as where
+from fd_scale.engine.zero import Engine
+from fd_scale.errors import RunError
+from fd_scale.run.folder import write_atomically
+from fd_scale.run.world import World
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+KINDS = ("master", *where.MOMENTS)
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its directory and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the run when it was saved."""
+        return int(self.manifest["step"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the run recorded of itself: data position, teacher, counters."""
+        return dict(self.manifest["facts"])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its tensor files."""
+        return sum(file["size"] for file in self.manifest["files"])
+
+
+def committed(folder: Path) -> list[Checkpoint]:
+    """The checkpoints under ``folder``, oldest first; a directory without a readable manifest is not one."""
+    named = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    found = [Checkpoint(path, manifest) for path in named if (manifest := _manifest(path)) is not None]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    if manifest.get("format") != FORMAT:
+        raise RunError(
+            f"{path} has checkpoint format {manifest.get('format')!r}; this version reads format {FORMAT}"
+        )
+    return manifest
+
+
+def faults(checkpoint: Checkpoint, *, share: int = 0, of: int = 1) -> list[str]:
+    """What is wrong with a checkpoint's files: sizes of all, SHA-256 of every ``of``-th starting at
+    ``share``."""
+    wrong = []
+    for index, file in enumerate(checkpoint.manifest["files"]):
+        path = checkpoint.path / file["name"]
+        if not path.is_file():
+            wrong.append(f"{path} is missing")
+        elif path.stat().st_size != file["size"]:
+            wrong.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {file['size']:,}")
+        elif index % of == share and _sha256(path) != file["sha256"]:
+            wrong.append(f"{path} has another SHA-256 than the manifest")
+    return wrong
+
+
+def newest(folder: Path, world: World, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose files are whole, agreed by all ranks; each damaged one is reported.
+    Collective."""
+    for checkpoint in reversed(world.on_main(lambda: committed(folder))):
+        found = world.gather(faults(checkpoint, share=world.rank, of=world.size))
+        wrong = sorted(set(itertools.chain.from_iterable(found)))
+        if not wrong:
+            return checkpoint
+        warn(f"checkpoint {checkpoint.path.name} is damaged and is passed over: {'; '.join(wrong)}")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- saving
+
+
+def save(folder: Path, engine: Engine, world: World, facts: dict[str, Any]) -> Checkpoint:
+    """Write and commit a checkpoint of the engine's step. Collective; saving a committed step again is a
+    no-op.
+
+    When any rank cannot write (a full disk, say), all ranks raise its ``OSError``, the partial save is
+    removed, and earlier checkpoints stand.
+    """
+    final = folder / f"step-{engine.step_number:08d}"
+    if world.on_main(lambda: _manifest(final) is not None):
+        return Checkpoint(final, world.on_main(lambda: _manifest(final) or {}))
+    partial = final.with_suffix(".partial")
+    world.on_main(lambda: _begin(folder, partial))
+    try:
+        file = world.together(lambda: _write_rank(partial, engine, world.rank))
+        written = [entry for entry in world.gather(file) if entry is not None]
+        world.on_main(lambda: _commit(partial, final, _describe(engine, world, facts, written)))
+    except OSError:
+        world.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise
+    return Checkpoint(final, world.on_main(lambda: _manifest(final) or {}))
+
+
+def _begin(folder: Path, partial: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.partial"):
+        shutil.rmtree(stale)
+    uncommitted = partial.with_suffix("")
+    if uncommitted.exists():
+        shutil.rmtree(uncommitted)
+    partial.mkdir()
+
+
+def _write_rank(partial: Path, engine: Engine, rank: int) -> dict[str, Any] | None:
+    """This rank's file and its description; None where another rank already holds the same fragments."""
+    if where.replicated(engine.deepspeed) and rank > 0:
+        return None
+    tensors: dict[str, Tensor] = {}
+    starts: dict[str, str] = {}
+    state = where.inner_optimizer(engine.deepspeed).state
+    for fragment in where.fragments(engine.deepspeed):
+        starts[fragment.name] = str(fragment.start)
+        tensors[f"master/{fragment.name}"] = fragment.of(fragment.buffer).cpu()
+        for key in where.MOMENTS if fragment.buffer in state else ():
+            tensors[f"{key}/{fragment.name}"] = fragment.of(state[fragment.buffer][key]).cpu()
+    if rank == 0:
+        tensors |= {
+            f"buffer/{name}": value.detach().cpu().contiguous()
+            for name, value in _persistent_buffers(engine.module)
+        }
+    path = partial / f"rank-{rank:05d}.safetensors"
+    # Views of one flat buffer share storage, which safetensors refuses: each is written from its own copy.
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata=starts)
+    _sync(path)
+    return {"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    kept = set(module.state_dict(keep_vars=True))
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+
+
+def _describe(
+    engine: Engine, world: World, facts: dict[str, Any], files: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "step": engine.step_number,
+        "adam_steps": where.steps_taken(engine.deepspeed),
+        "world_size": world.size,
+        "zero_stage": int(engine.deepspeed.zero_optimization_stage()),
+        "parameters": _shapes(engine),
+        "facts": facts,
+        "files": files,
+    }
+
+
+def _shapes(engine: Engine) -> dict[str, list[int]]:
+    """Shapes of the trained parameters as the module had them before ZeRO took them apart."""
+    named = engine.module.named_parameters()
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
+
+
+def _commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    _sync(partial)
+    os.rename(partial, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def retain(folder: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+    """Remove all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every_steps``."""
+    removed = []
+    for checkpoint in committed(folder)[:-keep_last]:
+        if keep_every_steps is None or checkpoint.step % keep_every_steps:
+            shutil.rmtree(checkpoint.path)
+            removed.append(checkpoint.path)
+    return removed
+
+
+# --------------------------------------------------------------------------------------------- loading
+
+
+class Pieces:
+    """The flat tensors of a checkpoint, addressed by kind, parameter and element, whoever wrote them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._files: dict[str, Any] = {}
+        self._index: dict[str, list[tuple[int, int, str]]] | None = None
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self.checkpoint.path / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise RunError(f"{self.checkpoint.path / name} cannot be read: {error}") from None
+        return self._files[name]
+
+    @property
+    def index(self) -> dict[str, list[tuple[int, int, str]]]:
+        """For each parameter its (start, stop, file) runs ascending; reads every file's header once."""
+        if self._index is None:
+            self._index = {}
+            for entry in self.checkpoint.manifest["files"]:
+                file = self._open(entry["name"])
+                for name, start in (file.metadata() or {}).items():
+                    if name in self.checkpoint.manifest["parameters"]:
+                        numel = file.get_slice(f"master/{name}").get_shape()[0]
+                        self._index.setdefault(name, []).append(
+                            (int(start), int(start) + numel, entry["name"])
+                        )
+            for runs in self._index.values():
+                runs.sort()
+        return self._index
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Elements ``start : start + numel`` of a flattened parameter, float32 on the CPU."""
+        out = torch.empty(numel)
+        filled = 0
+        for low, high, file in self.index.get(name, []):
+            begin, end = max(start, low), min(start + numel, high)
+            if begin < end:
+                run = self._open(file).get_slice(f"{kind}/{name}")
+                out[begin - start : end - start] = run[begin - low : end - low]
+                filled += end - begin
+        if filled != numel:
+            raise RunError(f"{self.checkpoint.path} holds {filled:,} of {numel:,} elements of {kind}/{name}")
+        return out
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """A whole parameter in its own shape, float32 on the CPU."""
+        shape = torch.Size(self.checkpoint.manifest["parameters"][name])
+        return self.read(kind, name, 0, shape.numel()).view(shape)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's persistent buffers."""
+        file = self._open(self.checkpoint.manifest["files"][0]["name"])
+        names = [name for name in file.keys() if name.startswith("buffer/")]  # noqa: SIM118 (not a mapping)
+        return {name.removeprefix("buffer/"): file.get_tensor(name) for name in names}
+
+
+def load(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Put a checkpoint into an engine of any world size and ZeRO stage, and move it to the saved step.
+    Collective.
+
+    Raises ``RunError`` when the module has other parameters than the one that was saved.
+    """
+    _check_parameters(checkpoint, engine)
+    pieces = Pieces(checkpoint)
+    taken = int(checkpoint.manifest["adam_steps"])
+    if taken:
+        where.create_moments(engine.deepspeed, taken)
+    state = where.inner_optimizer(engine.deepspeed).state
+    with torch.no_grad():
+        for fragment in where.fragments(engine.deepspeed):
+            span = (fragment.name, fragment.start, fragment.numel)
+            fragment.of(fragment.buffer).copy_(pieces.read("master", *span))
+            for key in where.MOMENTS if taken else ():
+                fragment.of(state[fragment.buffer][key]).copy_(pieces.read(key, *span))
+        buffers = dict(engine.module.named_buffers())
+        for name, value in pieces.buffers().items():
+            buffers[name].copy_(value)
+    where.refresh_parameters(engine.deepspeed)
+    engine.move_to(checkpoint.step)
+
+
+def _check_parameters(checkpoint: Checkpoint, engine: Engine) -> None:
+    saved = checkpoint.manifest["parameters"]
+    now = _shapes(engine)
+    different = [name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
+    if different:
+        shown = "; ".join(f"{n}: {saved.get(n, 'absent')} -> {now.get(n, 'absent')}" for n in different[:5])
+        raise RunError(f"{checkpoint.path} holds another student; parameters that differ: {shown}")

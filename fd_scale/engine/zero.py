@@ -1,0 +1,131 @@
+"""The engine: a student under DeepSpeed ZeRO 0 to 3, in bf16 or fp32, stepped by the loop.
+
+The engine owns averaging over ranks and accumulation, clipping, the optimizer and the learning rate of each
+step. Teachers never enter it. Randomness, data and saving are the loop's; see ``checkpoint.py`` for the
+latter.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fd_scale.engine.adamw import adamw, reset_steps
+from fd_scale.engine.optim import parameter_groups
+from fd_scale.engine.schedule import learning_rate
+from fd_scale.run.recipe import Recipe
+from fd_scale.run.scale import Resolved
+from fd_scale.run.world import World
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step came to."""
+
+    lr: float
+    """The learning rate that it had."""
+    grad_norm: float | Tensor
+    """Global L2 norm of the gradient before clipping; nan when the step was skipped."""
+    applied: bool
+    """False when a gradient was not finite and nothing was changed."""
+
+
+class Engine:
+    """A module in training. ``engine(pixels)`` is its forward pass; ``engine.step(loss)`` the rest.
+
+    ``step`` counts optimizer steps of the run, applied or skipped: it is the position in the data and the
+    schedule.
+    """
+
+    def __init__(
+        self, module: nn.Module, recipe: Recipe, resolved: Resolved, world: World, *, start_step: int = 0
+    ) -> None:
+        self.recipe = recipe
+        self.step_number = start_step
+        self.skipped_in_a_row = 0
+        groups = parameter_groups(
+            module, weight_decay=recipe.optim.weight_decay, decay_position=recipe.optim.decay_position
+        )
+        self.group_facts = [(group["name"], len(group["params"]), group["weight_decay"]) for group in groups]
+        plain = resolved.zero_stage == 0 and not resolved.bf16
+        optimizer = adamw(groups, recipe.optim, world.device, clip_here=plain)
+        config = dict(resolved.ds_config)
+        if plain:
+            config["gradient_clipping"] = 0.0
+        self.deepspeed = _initialize(module, optimizer, config, world)
+        reset_steps(optimizer)
+        self._set_learning_rate()
+
+    def __call__(self, pixels: Any) -> tuple[Tensor, ...]:
+        return self.deepspeed(pixels)
+
+    @property
+    def module(self) -> nn.Module:
+        """The student, for its buffers and names; its parameters may be sharded away."""
+        return self.deepspeed.module
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step under way."""
+        schedule = self.recipe.schedule
+        return learning_rate(
+            self.step_number,
+            steps=self.recipe.steps,
+            warmup_steps=self.recipe.warmup_steps,
+            peak=self.recipe.optim.lr,
+            warmup_lr=schedule.warmup_lr,
+            min_lr=schedule.min_lr,
+        )
+
+    def step(self, loss: Tensor) -> StepOutcome | None:
+        """Backward of one micro-batch; the optimizer step after the last one of the global batch.
+
+        ``loss`` is the mean over this rank's micro-batch. Returns None between optimizer steps. A gradient
+        that is not finite on any rank leaves weights and moments untouched on all of them, and the step
+        counts as skipped.
+        """
+        boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        self.deepspeed.backward(loss)
+        self.deepspeed.step()
+        if not boundary:
+            return None
+        applied = bool(self.deepspeed.was_step_applied())
+        norm = self.deepspeed.get_global_grad_norm()
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        outcome = StepOutcome(lr=self.lr, grad_norm=norm if applied else math.nan, applied=applied)
+        self.move_to(self.step_number + 1)
+        return outcome
+
+    def move_to(self, step: int) -> None:
+        """Make ``step`` the next optimizer step, with its learning rate."""
+        self.step_number = step
+        self._set_learning_rate()
+
+    def _set_learning_rate(self) -> None:
+        for group in self.deepspeed.basic_optimizer.param_groups:
+            group["lr"] = self.lr
+
+
+def _initialize(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
+) -> Any:
+    # DeepSpeed picks its accelerator once, at import; on a machine whose GPU is hidden it must not look for
+    # one.
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Its chatter is one line per rank and setting; what goes wrong still comes through.
+    for chatty in ("DeepSpeed", "torch.utils.cpp_extension"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine

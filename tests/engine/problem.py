@@ -1,5 +1,4 @@
-"""A small distillation problem with known answers: the engine under test, and a plain PyTorch loop beside it.
-"""
+"""A small distillation problem with known answers: the engine under test, and a plain loop beside it."""
 
 from __future__ import annotations
 
@@ -169,8 +168,7 @@ def plain(setting: Setting) -> dict[str, list[float]]:
 
 
 def interrupted(world: World, settings: list[Setting], folder: str, stop: int) -> dict[str, Any]:
-    """For each setting: the uninterrupted history, and one saved at ``stop`` and finished by a fresh engine.
-    """
+    """Per setting: the uninterrupted history, and one saved at ``stop`` and finished by a fresh engine."""
     results = {}
     for setting in settings:
         root = Path(folder) / setting.label()

@@ -1,0 +1,182 @@
+"""How far a student's tokens are from a teacher's: smooth L1 on normalised targets.
+
+``whitened_smooth_l1`` is the one public loss, whatever kernel computes it; what stands here is its plain
+form, which is also the oracle of faster ones. ``Objective`` is a recipe's choice of it over a batch.
+
+Shape letters: B images, N tokens, M selected tokens, D channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fd_scale.objective.targets import WHITEN_EPS, has_class_token, l2_normalise, whiten, working_dtype
+from fd_scale.run import recipe as recipes
+
+Target = Literal["whiten", "l2", "none"]
+Normaliser = Literal["mean", "weighted_mean"]
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+NORMALISERS: tuple[Normaliser, ...] = ("mean", "weighted_mean")
+
+
+def whitened_smooth_l1(
+    prediction_BND: Tensor,
+    teacher_BND: Tensor,
+    *,
+    beta: float = 2.0,
+    target: Target = "whiten",
+    token_weight: Tensor | None = None,
+    normaliser: Normaliser = "mean",
+    eps: float = WHITEN_EPS,
+) -> Tensor:
+    """Smooth L1 between predicted tokens and normalised teacher tokens (FD paper, section 3), as a scalar.
+
+    ``sum(w * l(prediction - target)) / Z``, where ``l(d)`` is ``d^2 / (2 beta)`` below ``beta`` and
+    ``|d| - beta / 2`` above (beta 0 is plain L1). The target of a teacher token is ``whiten`` (LayerNorm
+    without affine, ``eps`` in its square root), ``l2`` (unit length) or ``none``. ``token_weight`` w is
+    (N,) or (B, N), 1 when not given. Z is B N D for ``mean``, and D times the sum of the weights for
+    ``weighted_mean``; where that sum is 0, so is the loss.
+
+    Inputs are bfloat16, float16, float32 or float64 of equal shape; inside and in the result it is float32,
+    or float64 when an input is. The gradient reaches the prediction alone, in its dtype. A token of weight
+    0 has no part in loss and gradient, even where it is NaN; a NaN in any other token reaches both. Raises
+    ``ValueError`` for shapes, dtypes, devices or settings that do not fit.
+    """
+    _check_tokens(prediction_BND, teacher_BND)
+    _check_settings(beta=beta, target=target, normaliser=normaliser, eps=eps)
+    dtype = working_dtype(prediction_BND, teacher_BND)
+    teacher_BND = teacher_BND.detach().to(dtype)
+    predicted_BND = prediction_BND.to(dtype)
+    weight_BN = None
+    if token_weight is not None:
+        weight_BN = _expanded(token_weight, prediction_BND).to(dtype)
+        kept_BN1 = (weight_BN != 0).unsqueeze(-1)
+        predicted_BND = torch.where(kept_BN1, predicted_BND, 0)
+        teacher_BND = torch.where(kept_BN1, teacher_BND, 0)
+    with torch.autocast(prediction_BND.device.type, enabled=False):
+        taught_BND = _targets(eps)[target](teacher_BND)
+        loss_BN = _smooth_l1(predicted_BND - taught_BND, beta).mean(dim=-1)
+        if weight_BN is None:
+            return loss_BN.mean()
+        total = (weight_BN * loss_BN).sum()
+        if normaliser == "mean":
+            return total / loss_BN.numel()
+        weight = weight_BN.sum()
+        return total / torch.where(weight == 0, 1, weight)
+
+
+class Objective:
+    """A recipe's loss between projected student tokens and selected teacher tokens, one pair of maps per
+    teacher."""
+
+    def __init__(self, spec: recipes.Objective) -> None:
+        self.spec = spec
+
+    def __call__(self, predicted: Sequence[Tensor], taught: Sequence[Tensor], valid_B: Tensor) -> Tensor:
+        """The mean over teachers, as a scalar (float32; float64 for float64 tokens).
+
+        ``predicted`` and ``taught`` hold (B, M, D) per teacher, as ``targets.select`` lays them out;
+        ``valid_B`` is False for images that stand in for unreadable ones. The sum is divided by the whole
+        batch, so that an invalid image adds nothing and the gradients of all others stay what they are, on
+        any number of processes.
+        """
+        if len(predicted) != len(taught) or not predicted:
+            raise ValueError(f"{len(predicted)} predicted maps do not pair with {len(taught)} teacher maps")
+        losses = [self._one(p_BMD, t_BMD, valid_B) for p_BMD, t_BMD in zip(predicted, taught, strict=True)]
+        return torch.stack(losses).mean()
+
+    def _one(self, predicted_BMD: Tensor, taught_BMD: Tensor, valid_B: Tensor) -> Tensor:
+        if valid_B.dtype != torch.bool or valid_B.shape != predicted_BMD.shape[:1]:
+            raise ValueError(
+                f"valid of shape {tuple(valid_B.shape)} and dtype {valid_B.dtype} must be bool, "
+                f"one per image of {tuple(predicted_BMD.shape)}"
+            )
+        valid_B = valid_B.to(predicted_BMD.device, non_blocking=True)
+        return whitened_smooth_l1(
+            predicted_BMD,
+            taught_BMD,
+            beta=self.spec.beta,
+            target=self.spec.target,
+            token_weight=valid_B[:, None] * self._token_weight(predicted_BMD),
+        )
+
+    def _token_weight(self, tokens_BMD: Tensor) -> Tensor:
+        """(M,) weights, whose normaliser is folded in: it must not depend on how many images are valid."""
+        num_tokens = tokens_BMD.shape[1]
+        weight_M = torch.ones(num_tokens, dtype=working_dtype(tokens_BMD), device=tokens_BMD.device)
+        total = float(num_tokens)
+        if self.spec.granularity == "full" and has_class_token(granularity="full", cls=self.spec.cls):
+            weight_M[0] = self.spec.cls_weight
+            total += self.spec.cls_weight - 1
+        return weight_M * (num_tokens / total) if self.spec.normaliser == "weighted_mean" else weight_M
+
+
+def _smooth_l1(difference: Tensor, beta: float) -> Tensor:
+    """Elementwise, without a branch at the knee; its derivative is ``slope``, also by autograd.
+
+    PyTorch's own has the gradient 0 at a NaN when ``beta`` is 0, which would hide it.
+    """
+    constant = difference.detach()
+    if beta > 0:
+        slope = (constant / beta).clamp(-1, 1)
+    else:
+        slope = torch.where(constant.isnan(), constant, constant.sign())
+    return slope * (difference - slope * (beta / 2))
+
+
+def _targets(eps: float) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    return {"whiten": lambda t: whiten(t, eps), "l2": l2_normalise, "none": lambda t: t}
+
+
+def _expanded(token_weight: Tensor, prediction_BND: Tensor) -> Tensor:
+    """The weights as (B, N), without gradient."""
+    batch, tokens = prediction_BND.shape[:2]
+    if token_weight.shape not in ((tokens,), (batch, tokens)):
+        raise ValueError(
+            f"token_weight of shape {tuple(token_weight.shape)} is neither ({tokens},) nor "
+            f"({batch}, {tokens}), the tokens of prediction {tuple(prediction_BND.shape)}"
+        )
+    if token_weight.is_complex() or token_weight.device != prediction_BND.device:
+        raise ValueError(
+            f"token_weight is {token_weight.dtype} on {token_weight.device}; it must be real and on the "
+            f"device of the prediction, {prediction_BND.device}"
+        )
+    return token_weight.detach().expand(batch, tokens)
+
+
+def _check_tokens(prediction_BND: Tensor, teacher_BND: Tensor) -> None:
+    if prediction_BND.ndim != 3 or prediction_BND.shape != teacher_BND.shape:
+        raise ValueError(
+            f"prediction {tuple(prediction_BND.shape)} and teacher {tuple(teacher_BND.shape)} must be two "
+            "(B, N, D) of equal shape: project and resample the student's tokens first"
+        )
+    if prediction_BND.numel() == 0:
+        raise ValueError(
+            f"prediction and teacher of shape {tuple(prediction_BND.shape)} hold nothing to compare"
+        )
+    for name, tokens in (("prediction", prediction_BND), ("teacher", teacher_BND)):
+        if tokens.dtype not in FLOATS:
+            raise ValueError(
+                f"{name} is {tokens.dtype}; it must be one of {', '.join(str(d) for d in FLOATS)}"
+            )
+    if prediction_BND.device != teacher_BND.device:
+        raise ValueError(
+            f"prediction is on {prediction_BND.device}, teacher on {teacher_BND.device}: move one"
+        )
+
+
+def _check_settings(*, beta: float, target: str, normaliser: str, eps: float) -> None:
+    if not (math.isfinite(beta) and beta >= 0):
+        raise ValueError(f"beta={beta} must be a finite number, 0 (plain L1) or above")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps={eps} must be a finite number, 0 or above")
+    if target not in (targets := _targets(eps)):
+        raise ValueError(f"target={target!r} must be one of {', '.join(targets)}")
+    if normaliser not in NORMALISERS:
+        raise ValueError(f"normaliser={normaliser!r} must be one of {', '.join(NORMALISERS)}")

@@ -1,0 +1,264 @@
+"""The student: a backbone, one projector per teacher, and the front door for pixels.
+
+It is what the engine trains. Parameter names are ``backbone.*``, under the architecture's own names, and
+``projectors.<n>.*``. Teachers and the loss stay outside; of a teacher only the form of its map is used.
+
+The student sees pixels by ImageNet's mean and std whatever its teachers see, as in the released code: they
+belong to the student, which outlives its teachers.
+
+Shape letters: B images, N tokens, M selected tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import models
+from fd_scale import timm_maps
+from fd_scale.errors import RecipeError
+from fd_scale.objective.targets import has_class_token, mean_as_class, select
+from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
+from fd_scale.run import recipe as recipes
+from fd_scale.timm_maps import ArchitectureError, MapForm
+from models.projector import Projector
+from models.vit import VisionTransformer, export_hint
+
+TIMM = "timm:"
+POOLED = (1, 1)
+"""The grid of a class token or a mean patch that is regressed alone."""
+
+
+class MapLike(Protocol):
+    """What a student needs to know of a teacher: the form of its map."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in patches."""
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the grid; 0 when there is no class token."""
+
+
+class Student(nn.Module):
+    """uint8 pixels (B, 3, S, S) to the tokens (B, M, D) that each teacher's are compared with.
+
+    ``mean`` and ``std`` are plain numbers, so that casting or sharding the module leaves them exact.
+    """
+
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        form: MapForm,
+        projectors: Sequence[Projector],
+        *,
+        input_size: int,
+        objective: recipes.Objective,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projectors = nn.ModuleList(projectors)
+        self.form = form
+        self.input_size = input_size
+        self.objective = objective
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """One projected map per teacher, in the dtype of the parameters (or of autocast)."""
+        dtype = next(self.parameters()).dtype
+        # Through the backbone's own call: ZeRO gathers a module's parameters when it is called.
+        output = self.backbone(normalise(pixels, self.mean, self.std, dtype))
+        features = timm_maps.as_features(output, self.form)
+        granularity, cls = self.objective.granularity, self.objective.cls
+        if cls == "mean" and has_class_token(granularity=granularity, cls=cls):
+            features = mean_as_class(features)
+        # Selected first, since a linear map commutes with it: nothing is projected that is not regressed.
+        tokens_BMD = select(features, granularity=granularity, cls=cls)
+        return tuple(projector(tokens_BMD) for projector in self.projectors)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass. Raises ``RecipeError`` where it cannot."""
+        try:
+            self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            if enable:
+                raise RecipeError(
+                    f"{type(self.backbone).__name__} cannot recompute its activations: set "
+                    "activation_checkpointing to false in the scale file"
+                ) from error
+
+
+def build_student(recipe: recipes.Recipe, teachers: Sequence[MapLike]) -> Student:
+    """The student of a recipe for these teachers, with random weights from PyTorch's global generator.
+
+    Raises ``RecipeError`` for an unknown architecture, and for maps that cannot be compared as the recipe
+    asks.
+    """
+    objective = recipe.objective
+    backbone = build_backbone(recipe.student)
+    form = map_form(backbone, recipe.student)
+    _check_class_tokens(recipe.student, objective, form, teachers)
+    projectors = [_projector(recipe, form, teacher) for teacher in teachers]
+    return Student(backbone, form, projectors, input_size=recipe.student.input_size, objective=objective)
+
+
+def build_backbone(spec: recipes.Student) -> nn.Module:
+    """The backbone alone; called with normalised pixels, it gives its map after the final norm.
+
+    Raises ``RecipeError`` for an unknown architecture and for arguments that it does not take.
+    """
+    try:
+        if spec.architecture.startswith(TIMM):
+            return timm_maps.build(
+                spec.architecture.removeprefix(TIMM),
+                input_size=spec.input_size,
+                arguments=spec.arguments,
+                **_timm_arguments(spec),
+            )
+        return models.create(
+            spec.architecture, input_size=spec.input_size, drop_path=spec.drop_path, **_own_arguments(spec)
+        )
+    except (ArchitectureError, models.ModelError) as error:
+        raise RecipeError(f"{error} (student.architecture, student.arguments)") from error
+
+
+def map_form(backbone: nn.Module, spec: recipes.Student) -> MapForm:
+    """How the map of a built backbone lies. Raises ``RecipeError`` when it gives none."""
+    if spec.architecture.startswith(TIMM):
+        return _timm_form(backbone, spec)
+    stated: Any = backbone
+    prefix = stated.num_prefix_tokens
+    return MapForm("tokens", stated.grid, prefix, has_class_token=prefix > 0, width=stated.embed_dim)
+
+
+def _timm_form(backbone: nn.Module, spec: recipes.Student) -> MapForm:
+    """Read off one grey image, for which the backbone's own call must give the map that a teacher's would
+    be."""
+    size, training = spec.input_size, backbone.training
+    grey = torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)
+    try:
+        with torch.no_grad():
+            output = backbone.eval()(grey)
+            as_teacher = timm_maps.final_map(backbone, grey)
+        form = timm_maps.form_of(backbone, as_teacher)
+    except (ArchitectureError, RuntimeError, AssertionError, ValueError) as error:
+        raise RecipeError(
+            f"student {spec.architecture} gives no map at student.input_size={size}: {error}"
+        ) from error
+    finally:
+        backbone.train(training)
+    if output.shape != as_teacher.shape or not torch.equal(output, as_teacher):
+        raise RecipeError(
+            f"student {spec.architecture} does more than a norm after its map, which cannot be taken off: "
+            "choose another student.architecture"
+        )
+    return form
+
+
+def loading_recipe(recipe: recipes.Recipe) -> dict[str, Any]:
+    """How others build the backbone for its exported weights: ``library``, ``architecture`` and
+    ``arguments``.
+
+    ``timm``: ``timm.create_model(architecture, checkpoint_path=file, **arguments)``; ``models``:
+    ``models.create(architecture, **arguments)`` and then ``load_state_dict``.
+    """
+    spec = recipe.student
+    if spec.architecture.startswith(TIMM):
+        name = spec.architecture.removeprefix(TIMM)
+        arguments = {**spec.arguments, "num_classes": 0, "global_pool": ""}
+        if timm_maps.takes_img_size(name):
+            arguments["img_size"] = spec.input_size
+        return {"library": "timm", "architecture": name, "arguments": arguments}
+    with torch.device("meta"):
+        backbone = build_backbone(spec)
+    if isinstance(backbone, VisionTransformer):
+        return {"library": "timm", **export_hint(backbone)}
+    arguments = {"input_size": spec.input_size, **_own_arguments(spec)}
+    return {"library": "models", "architecture": spec.architecture, "arguments": arguments}
+
+
+def _timm_arguments(spec: recipes.Student) -> dict[str, Any]:
+    """What the recipe's other fields, and the map, make of timm's arguments."""
+    for name, reason in (
+        ("drop_path_rate", "student.drop_path says it"),
+        ("global_pool", "maps are not pooled"),
+    ):
+        if name in spec.arguments:
+            raise RecipeError(f"student.arguments.{name} is not the recipe's to give: {reason}")
+    # Not every family knows the argument, so that it is given only where there is something to drop.
+    drop_path = {"drop_path_rate": spec.drop_path} if spec.drop_path > 0 else {}
+    return {"num_classes": 0, "global_pool": "", **drop_path}
+
+
+def _own_arguments(spec: recipes.Student) -> dict[str, Any]:
+    """Arguments of ``models.create`` beside size and drop path; a recipe has a position for its ViTs
+    alone."""
+    arguments: dict[str, Any] = dict(spec.arguments)
+    if spec.position is not None:
+        arguments |= {"position": spec.position, "layer_scale": spec.layer_scale}
+    return arguments
+
+
+def _check_class_tokens(
+    spec: recipes.Student, objective: recipes.Objective, form: MapForm, teachers: Sequence[MapLike]
+) -> None:
+    if not has_class_token(granularity=objective.granularity, cls=objective.cls):
+        return
+    asked = f"objective.cls={objective.cls!r} with objective.granularity={objective.granularity!r}"
+    others = "objective.cls=drop" if objective.granularity == "full" else "objective.granularity=gap"
+    for teacher in teachers:
+        if teacher.num_prefix_tokens == 0:
+            raise RecipeError(
+                f"{asked} needs a teacher with a class token, {teacher.name} has none: set {others}"
+            )
+    if objective.cls == "match" and not form.has_class_token:
+        raise RecipeError(
+            f"{asked} needs a student with a class token, {spec.architecture} has none: set {others}, or "
+            "objective.cls=mean to regress the teacher's class token by the student's mean patch"
+        )
+
+
+def _projector(recipe: recipes.Recipe, form: MapForm, teacher: MapLike) -> Projector:
+    objective = recipe.objective
+    if objective.granularity != "full":
+        return Projector(
+            form.width, teacher.width, from_grid=POOLED, to_grid=POOLED, num_prefix_tokens=0, resample="exact"
+        )
+    if objective.grid == "exact" and form.grid != teacher.grid:
+        raise RecipeError(_unequal_grids(recipe.student, form, teacher))
+    return Projector(
+        form.width,
+        teacher.width,
+        from_grid=form.grid,
+        to_grid=teacher.grid,
+        num_prefix_tokens=int(has_class_token(granularity="full", cls=objective.cls)),
+        resample=objective.grid,
+    )
+
+
+def _unequal_grids(spec: recipes.Student, form: MapForm, teacher: MapLike) -> str:
+    stride = spec.input_size // form.grid[0]
+    return (
+        f"student {spec.architecture} at {spec.input_size} px has a grid of {_by(form.grid)}, teacher "
+        f"{teacher.name} one of {_by(teacher.grid)}, and objective.grid=exact needs equal ones: set "
+        f"student.input_size={stride * teacher.grid[0]}, another teacher.input_size, or "
+        "objective.grid=bilinear"
+    )
+
+
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]}x{grid[1]}"

@@ -1,0 +1,145 @@
+"""What a teacher is, and the one way to freeze a network into it.
+
+The libraries' files build networks and load weights; from there on all teachers are alike.
+
+Shape letters: B images, N tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fd_scale.errors import TeacherError
+from fd_scale.objective.features import Features
+from fd_scale.pixels import normalise
+from fd_scale.teachers.fingerprint import fingerprint
+
+Read = Callable[[nn.Module, Tensor], Features]
+"""A network and normalised pixels (B, 3, S, S) to its map, after the final norm on all tokens and before any
+projection."""
+
+
+class Teacher(Protocol):
+    """A frozen network that gives feature maps: replicated on every process, or sharded over them."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def input_size(self) -> int:
+        """Side of the square input, pixels."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Subtracted from pixels in [0, 1], per colour."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Divided by after that, per colour."""
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in patches."""
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the grid, the class token first; 0 when there is no class token."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides its features, as JSON (``fingerprint.difference``)."""
+
+    def features(self, pixels: Tensor) -> Features:
+        """The map of uint8 pixels (B, 3, S, S) on its device, without gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenTeacher:
+    """A teacher that is one module, whole on its device; made by ``freeze``."""
+
+    name: str
+    network: nn.Module
+    read: Read
+    dtype: torch.dtype
+    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    width: int
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+    fingerprint: dict[str, Any]
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Features:
+        """The map of uint8 pixels (B, 3, S, S), in ``dtype``. Raises ``ValueError`` for another size."""
+        if pixels.shape[-2:] != (self.input_size, self.input_size):
+            raise ValueError(
+                f"pixels of shape {tuple(pixels.shape)} reached teacher {self.name}, which takes "
+                f"{self.input_size} x {self.input_size}"
+            )
+        return self.read(self.network, normalise(pixels, self.mean, self.std, self.dtype))
+
+
+def freeze(
+    network: nn.Module,
+    read: Read,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    library: str,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    weights: str,
+    feature_point: str,
+    input_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> FrozenTeacher:
+    """The network as a teacher: fingerprinted as loaded, then in eval mode, without gradients, on its device.
+
+    Width, grid and prefix tokens are read off one map. Raises ``TeacherError`` when the network does not take
+    ``input_size``.
+    """
+    record = fingerprint(
+        network.state_dict(),
+        library=library,
+        architecture=architecture,
+        arguments=dict(arguments),
+        weights=weights,
+        feature_point=feature_point,
+        input_size=input_size,
+        mean=mean,
+        std=std,
+    )
+    network.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    try:
+        with torch.no_grad():
+            grey = torch.zeros(1, 3, input_size, input_size, device=device, dtype=dtype)
+            features = read(network, grey)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise TeacherError(
+            f"teacher {architecture} gives no map at {input_size} px: {error} (teacher.input_size)"
+        ) from error
+    return FrozenTeacher(
+        name=architecture,
+        network=network,
+        read=read,
+        dtype=dtype,
+        input_size=input_size,
+        mean=tuple(mean),
+        std=tuple(std),
+        width=features.tokens_BND.shape[2],
+        grid=features.grid,
+        num_prefix_tokens=features.num_prefix_tokens,
+        fingerprint=record,
+    )

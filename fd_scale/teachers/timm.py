@@ -1,0 +1,157 @@
+"""Teachers from timm: CLIP, DINO, DeiT, MAE, DINOv2, BEiT, EsViT, Swin and anything else that it can build.
+
+The map and its layout are those of ``timm_maps``; names and position tables of foreign checkpoints are
+converted by timm's own rules for the architecture.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import QuickGELU
+from timm.models import get_arch_pretrained_cfgs, is_model
+from torch import Tensor, nn
+
+from fd_scale import timm_maps
+from fd_scale.errors import TeacherError
+from fd_scale.run import recipe as recipes
+from fd_scale.teachers import weights
+from fd_scale.teachers.frozen import FrozenTeacher, freeze
+from fd_scale.teachers.weights import Checkpoint, Source
+from fd_scale.timm_maps import ArchitectureError
+
+STATISTICS = "pretrained_cfg"
+"""timm's own argument that names a tag: for a local file, the tag whose mean and std it was trained with."""
+
+HEADS = ("head.", "head_dist.", "head_dense.", "decoder_", "mask_token")
+"""What checkpoints carry beside the network: classifiers, DINO's and EsViT's heads, MAE's decoder."""
+
+
+def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, seed: int) -> FrozenTeacher:
+    """The teacher of a recipe with ``library="timm"``; see ``fd_scale.teachers.load``."""
+    where = weights.source(spec.weights)
+    arguments = dict(spec.arguments)
+    try:
+        tag = _tag(spec.architecture, where, arguments.pop(STATISTICS, None))
+        network = _loaded(spec, where, tag, arguments, seed)
+    except ArchitectureError as error:
+        raise TeacherError(f"{error} (teacher.architecture, teacher.arguments)") from error
+    network.reset_classifier(0)  # type: ignore[operator]
+    settings: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    return freeze(
+        network,
+        timm_maps.read,
+        device=device,
+        dtype=dtype,
+        library=spec.library,
+        architecture=spec.architecture,
+        arguments=arguments,
+        weights=where.label,
+        feature_point=timm_maps.feature_point(network),
+        input_size=spec.input_size or int(settings["input_size"][-1]),
+        mean=settings["mean"],
+        std=settings["std"],
+    )
+
+
+def _tag(architecture: str, where: Source, asked: Any) -> str | None:
+    """The tag whose weights are wanted, or whose mean, std and size a file shares; None for the
+    architecture's own.
+
+    Raises ``TeacherError`` where that would be a guess.
+    """
+    name, _, tag = architecture.partition(".")
+    if tag:
+        raise TeacherError(
+            f"teacher.architecture={architecture!r} holds a tag: give architecture={name!r} and "
+            f"weights={tag!r}"
+        )
+    timm_maps.check_name(architecture)
+    published = _published(architecture)
+    wanted = asked if where.is_random or where.path is not None else where.text
+    if wanted is not None and wanted not in published:
+        raise weights.no_such_tag(str(wanted), architecture, list(published))
+    if asked not in (None, wanted):
+        raise TeacherError(
+            f"teacher.arguments.{STATISTICS}={asked!r} contradicts teacher.weights={where.text!r}"
+        )
+    if where.path is not None and asked is None:
+        weights.check_statistics(where, architecture, published, STATISTICS)
+    quick = _quick(architecture)
+    if quick != architecture and is_model(quick) and wanted in _published(quick):
+        raise weights.needs_quickgelu(f"weights {wanted!r}", architecture, quick)
+    return wanted
+
+
+def _published(architecture: str) -> dict[str, weights.Statistics]:
+    """(mean, std) of each tag of timm's for this architecture."""
+    settings = get_arch_pretrained_cfgs(architecture)
+    return {name.partition(".")[2]: (tuple(cfg.mean), tuple(cfg.std)) for name, cfg in settings.items()}
+
+
+def _loaded(
+    spec: recipes.Teacher, where: Source, tag: str | None, arguments: Mapping[str, Any], seed: int
+) -> nn.Module:
+    """The network with its weights."""
+    build = partial(
+        timm_maps.build,
+        spec.architecture,
+        input_size=spec.input_size,
+        arguments=arguments,
+        pretrained_cfg=tag,
+    )
+    if where.is_random:
+        with weights.drawn_from(seed, spec.architecture):
+            return build(num_classes=0)
+    if where.path is None:
+        try:
+            # With its classifier: timm insists on every name only for the published number of classes.
+            return build(pretrained=True)
+        except ArchitectureError:
+            raise
+        except Exception as error:  # the hub's clients raise errors that have no base in common
+            raise weights.hub_failure(where.text, spec.architecture, error) from error
+    network = build(num_classes=0)
+    _fill(network, spec.architecture, weights.read(where))
+    return network
+
+
+def _fill(network: nn.Module, architecture: str, checkpoint: Checkpoint) -> None:
+    """The weights of a file into the network."""
+    if not any(isinstance(module, QuickGELU) for module in network.modules()):
+        weights.check_activation(checkpoint, architecture, _quick(architecture))
+    tensors = _converted(network, architecture, checkpoint)
+    weights.warn_of_resampling(checkpoint.label, checkpoint.tensors, tensors)
+    settings: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    classifiers = settings.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    heads = (*HEADS, *(f"{name}." for name in classifiers))
+    weights.fit(network, tensors, of=checkpoint.label, into=architecture, heads=heads)
+
+
+def _converted(network: nn.Module, architecture: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors under timm's names, by the rules of the file that the architecture is in."""
+    tensors = dict(checkpoint.tensors)
+    if "blocks.0.ls1.gamma" in network.state_dict():
+        # DeiT III; timm applies this rule to that family alone, where the file has no way to see it.
+        tensors = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): t for name, t in tensors.items()}
+    rules = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if rules is None:
+        return tensors
+    try:
+        converted: dict[str, Tensor] = rules(tensors, network)
+    except (KeyError, AttributeError, RuntimeError, ValueError, IndexError) as error:
+        raise TeacherError(
+            f"weights {checkpoint.label} are not of {architecture}: timm's conversion failed on {error} "
+            "(teacher.architecture, teacher.arguments)"
+        ) from error
+    return converted
+
+
+def _quick(architecture: str) -> str:
+    return architecture.replace("_clip_", "_clip_quickgelu_")

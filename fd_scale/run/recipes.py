@@ -90,7 +90,8 @@ def fd_clip_vitb16_100ep_released_code() -> Recipe:
 def fd_clip_vitl14() -> Recipe:
     """FD of OpenAI's CLIP ViT-L/14 at 224 pixels into a ViT-L/14, 300 epochs of ImageNet-1K.
 
-    As ``fd_clip_vitb16``, with the drop path 0.3 of the released configuration.
+    As ``fd_clip_vitb16``, with the drop path 0.3 of the released configuration. The argument
+    ``pretrained_cfg`` says whose mean and std a local file of weights was trained with.
     """
     return derive(
         fd_clip_vitb16(),
@@ -112,7 +113,8 @@ def fd_clip_vitl14_released_code() -> Recipe:
 def fd_dino_vitb16() -> Recipe:
     """FD of DINO ViT-B/16 into a ViT-B/16, 300 epochs of ImageNet-1K.
 
-    As ``fd_clip_vitb16``, with the drop path 0.3 of the released configuration.
+    As ``fd_clip_vitb16``, with the drop path 0.3 of the released configuration. The argument
+    ``pretrained_cfg`` says whose mean and std a local file of weights was trained with.
     """
     return derive(
         fd_clip_vitb16(),
@@ -121,6 +123,7 @@ def fd_dino_vitb16() -> Recipe:
             "student.drop_path": 0.3,
             "teacher.architecture": "vit_base_patch16_224",
             "teacher.weights": "dino",
+            "teacher.arguments": {"pretrained_cfg": "dino"},
         },
     )
 
@@ -141,6 +144,7 @@ def fd_deit_vitb16() -> Recipe:
             "name": "fd_deit_vitb16",
             "teacher.architecture": "deit_base_patch16_224",
             "teacher.weights": "fb_in1k",
+            "teacher.arguments": {"pretrained_cfg": "fb_in1k"},
         },
     )
 
@@ -157,7 +161,14 @@ def fd_mae_vitb16() -> Recipe:
     learnt without labels; drop path 0.3 is ours. The papers gain little here (arXiv +0.2 points of top-1,
     ICCV -0.2).
     """
-    return derive(fd_dino_vitb16(), **{"name": "fd_mae_vitb16", "teacher.weights": "mae"})
+    return derive(
+        fd_dino_vitb16(),
+        **{
+            "name": "fd_mae_vitb16",
+            "teacher.weights": "mae",
+            "teacher.arguments": {"pretrained_cfg": "mae"},
+        },
+    )
 
 
 def fd_esvit_swinb() -> Recipe:

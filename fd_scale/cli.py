@@ -1,0 +1,114 @@
+"""The command line, and nothing else: each verb checks its words and calls one function.
+
+Exit status: 0 done, 2 wrong input (one message), 1 our fault (a traceback), 128 + n after signal n.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fd_scale import shards_cli
+from fd_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from fd_scale.run.recipe import Recipe
+
+app = typer.Typer(
+    name="fd-scale",
+    help="Large-scale feature distillation of vision foundation models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(shards_cli.app, name="shards")
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", help="Name of a recipe (see `fd-scale recipes`) or path of a recipe.json.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one field for a trial: section.field=value. May be given often."),
+]
+
+
+def main() -> None:
+    """Entry point of ``fd-scale`` and ``python -m fd_scale``."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        sys.exit(2)
+
+
+def _recipe(name: str, assignments: list[str] | None) -> Recipe:
+    from fd_scale.run import recipe, recipes
+
+    found = recipe.load(Path(name)) if name.endswith(".json") else recipes.get(name)
+    return recipe.apply_overrides(found, assignments or [])
+
+
+@app.command()
+def distill(
+    recipe: RecipeOption,
+    set_: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")] = False,
+) -> None:
+    """Distil a student. The same command goes on where a stopped run left off.
+
+    One process by itself; several under torchrun, srun or mpirun (one per GPU, or per CPU socket).
+    """
+    wanted = _recipe(recipe, set_)
+    if dry_run:
+        from fd_scale.outline import outline
+
+        Console().print(outline(wanted))
+        return
+    from fd_scale.distill import distill as run
+
+    run(wanted)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe, resolved, as JSON.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """List the recipes, or print one resolved as JSON."""
+    from fd_scale.run import recipes as known
+
+    if name is not None:
+        typer.echo(_recipe(name, set_).to_json(), nl=False)
+        return
+    Console(soft_wrap=True).print(known.table())
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+) -> None:
+    """Write the student of a checkpoint as one safetensors file, with a model card. Needs no GPU."""
+    from fd_scale.export import export as write
+
+    written = write(run, step=step)
+    typer.echo(f"{written.weights}\n{written.card}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo_out"),
+) -> None:
+    """The whole story on this machine, in minutes: scenes, a small teacher, a student, before and after."""
+    from fd_scale.demo import run
+
+    run(out)
+
+
+if __name__ == "__main__":
+    main()

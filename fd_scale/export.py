@@ -1,0 +1,169 @@
+"""From a run to weights that anyone can load: one safetensors file of the student alone, and its model card.
+
+The tensors are read straight from a checkpoint's fragments, on one process, without an engine or a GPU. The
+teacher and the projector stay behind; architectures of ``models`` carry timm's names, so the file loads in
+either.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fd_scale import __version__
+from fd_scale.engine.checkpoint import Checkpoint, Pieces, committed, faults
+from fd_scale.errors import RunError
+from fd_scale.run.folder import RunFolder, write_atomically
+from fd_scale.run.recipe import Recipe, Student
+from fd_scale.student import build_backbone, loading_recipe
+
+BACKBONE = "backbone."
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported student: the weights file and its card."""
+
+    weights: Path
+    card: Path
+
+
+def export(run: Path, *, step: int | None = None) -> Export:
+    """Write the student of a run's checkpoint (the newest, or of ``step``) to ``<run>/exports``.
+
+    The file holds float32 tensors under the architecture's own names, and metadata that says how to build it.
+    Raises ``RunError`` when ``run`` is not a run directory, has no such checkpoint, or the checkpoint is
+    damaged.
+    """
+    folder = RunFolder.at(run)
+    recipe = folder.read_recipe()
+    checkpoint = _choose(folder, step)
+    weights = folder.exports / f"step-{checkpoint.step:08d}.safetensors"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    loading = loading_recipe(recipe)
+    partial = weights.with_suffix(".partial")
+    save_file(student_tensors(checkpoint), partial, metadata=_metadata(recipe, checkpoint, loading))
+    partial.replace(weights)
+    card = weights.with_suffix(".md")
+    write_atomically(card, _card(recipe, checkpoint, loading, weights, _last_metrics(folder)))
+    return Export(weights, card)
+
+
+def student_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The backbone's parameters (float32) and buffers by the architecture's own names."""
+    pieces = Pieces(checkpoint)
+    names = [name for name in checkpoint.manifest["parameters"] if name.startswith(BACKBONE)]
+    tensors = {name.removeprefix(BACKBONE): pieces.whole("master", name) for name in names}
+    buffers = {name: value for name, value in pieces.buffers().items() if name.startswith(BACKBONE)}
+    return tensors | {name.removeprefix(BACKBONE): value.contiguous() for name, value in buffers.items()}
+
+
+def _choose(folder: RunFolder, step: int | None) -> Checkpoint:
+    available = committed(folder.checkpoints)
+    if not available:
+        raise RunError(f"{folder.path} has no checkpoint yet")
+    wanted = available[-1] if step is None else next((c for c in available if c.step == step), None)
+    if wanted is None:
+        steps = ", ".join(str(c.step) for c in available)
+        raise RunError(f"{folder.path} has no checkpoint of step {step}; it has {steps} (--step)")
+    if wrong := faults(wanted):
+        raise RunError(
+            f"checkpoint {wanted.path.name} is damaged: {'; '.join(wrong)}; choose another with --step"
+        )
+    return wanted
+
+
+def _metadata(recipe: Recipe, checkpoint: Checkpoint, loading: dict[str, Any]) -> dict[str, str]:
+    return {
+        "format": "pt",
+        "fd_scale": __version__,
+        "step": str(checkpoint.step),
+        "student": json.dumps(recipe.student.model_dump(mode="json")),
+        "loading": json.dumps(loading),
+    }
+
+
+def _last_metrics(folder: RunFolder) -> dict[str, Any]:
+    if not folder.metrics.is_file():
+        return {}
+    lines = folder.metrics.read_text().splitlines()
+    return json.loads(lines[-1]) if lines else {}
+
+
+def _card(
+    recipe: Recipe, checkpoint: Checkpoint, loading: dict[str, Any], weights: Path, metrics: dict[str, Any]
+) -> str:
+    facts = checkpoint.facts
+    rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(metrics.items()))
+    return f"""# {recipe.run_name}, step {checkpoint.step:,}
+
+A `{recipe.student.architecture}` student, distilled from `{recipe.teacher.architecture}`
+({recipe.teacher.weights}) by fd_scale {__version__}: {recipe.objective.granularity} map, target
+`{recipe.objective.target}`, step {checkpoint.step:,} of {recipe.steps:,}.
+
+```python
+{_loading_code(loading, weights.name)}
+```
+
+Input: {recipe.student.input_size} px, normalised with ImageNet's mean and standard deviation.
+Weights: float32.
+
+## Teacher
+
+```json
+{json.dumps(facts.get("teacher", {}), indent=2)}
+```
+
+## Data
+
+```json
+{json.dumps(facts.get("data", {}), indent=2)}
+```
+
+## Last metrics
+
+| quantity | value |
+|---|---|
+{rows}
+
+## Recipe
+
+```json
+{recipe.to_json().strip()}
+```
+"""
+
+
+def _loading_code(loading: dict[str, Any], file: str) -> str:
+    """Python that builds the network and loads the file, every key matched."""
+    name = loading["architecture"]
+    arguments = "".join(f",\n    {key}={value!r}" for key, value in loading["arguments"].items())
+    if loading["library"] == "timm":
+        built = f"timm.create_model(\n    {name!r},\n    checkpoint_path={file!r}{arguments},\n)"
+        return f"import timm\n\nmodel = {built}"
+    return (
+        "import models  # from fd_scale\nfrom safetensors.torch import load_file\n\n"
+        f"model = models.create(\n    {name!r}{arguments},\n)\nmodel.load_state_dict(load_file({file!r}))"
+    )
+
+
+def load_student(weights: Path) -> torch.nn.Module:
+    """The exported student as a module of its own architecture, in eval mode, every key matched."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise RunError(f"weights file {weights} does not exist") from None
+    if "student" not in metadata:
+        raise RunError(f"{weights} was not exported by fd_scale: its metadata names no student")
+    backbone = build_backbone(Student.model_validate_json(metadata["student"]))
+    backbone.load_state_dict(tensors, strict=True)
+    return backbone.eval()

@@ -1,0 +1,126 @@
+"""What would this run be? The resolved plan of a recipe on these processes, before anything is loaded or
+written.
+
+Networks are built without storage, so the largest recipe is outlined in seconds on any machine. Memory and
+time are not foretold here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from fd_scale.data.index import ShardSet
+from fd_scale.engine.optim import parameter_groups
+from fd_scale.run import scale
+from fd_scale.run.recipe import Recipe
+from fd_scale.run.scale import Resolved
+from fd_scale.run.world import place
+from fd_scale.student import Student, build_student
+from fd_scale.teachers import Teacher, load
+
+
+def outline(recipe: Recipe) -> Table:
+    """A table of two columns; raises the same errors for wrong input as the run itself would.
+
+    The number of processes is the one that the launcher says, 1 without a launcher.
+    """
+    size = place().size
+    resolved = scale.resolve(scale.load(recipe.scale), recipe, size)
+    shards = None if recipe.data.shards is None else ShardSet.open(Path(recipe.data.shards))
+    teacher, student = _networks(recipe)
+    table = Table(title=f"{recipe.run_name} (dry run)", show_header=False, title_justify="left", box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _rows(recipe, resolved, size, shards, teacher, student):
+        table.add_row(name, text)
+    return table
+
+
+def _networks(recipe: Recipe) -> tuple[Teacher, Student]:
+    with torch.device("meta"), _quiet("fd_scale"):
+        spec = recipe.teacher.model_copy(update={"weights": "random"})
+        teacher = load(spec, device="meta", dtype=torch.float32, seed=recipe.seed)
+        return teacher, build_student(recipe, [teacher])
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Without the announcement of random weights: nothing is loaded here."""
+    found = logging.getLogger(logger)
+    level = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(level)
+
+
+def _rows(
+    recipe: Recipe, resolved: Resolved, size: int, shards: ShardSet | None, teacher: Teacher, student: Student
+) -> Iterator[tuple[str, str]]:
+    yield from _networks_rows(recipe, teacher, student)
+    yield from _data_rows(recipe, resolved, size, shards)
+    yield from _optimizer_rows(recipe, student)
+    yield (
+        "engine",
+        (
+            f"ZeRO-{resolved.zero_stage}, {'bf16' if resolved.bf16 else 'fp32'}, activation checkpointing "
+            f"{'on' if resolved.activation_checkpointing else 'off'} (scale {recipe.scale})"
+        ),
+    )
+    yield "run directory", str(Path(recipe.run.root) / recipe.run_name)
+
+
+def _networks_rows(recipe: Recipe, teacher: Teacher, student: Student) -> Iterator[tuple[str, str]]:
+    spec, objective = recipe.teacher, recipe.objective
+    yield "teacher", f"{spec.library} {teacher.name}, weights {spec.weights}"
+    yield "its map", f"{_form(teacher)} at {teacher.input_size} px"
+    yield "student", f"{recipe.student.architecture}, {_count(student.backbone)} parameters"
+    yield "its input", f"{student.input_size} px"
+    yield "projector", f"{_count(student.projectors)} parameters, to {teacher.width} channels"
+    yield (
+        "objective",
+        f"{objective.granularity} map, target {objective.target}, smooth L1, beta {objective.beta:g}",
+    )
+    yield "class token", f"{objective.cls}, weight {objective.cls_weight:g} ({objective.normaliser})"
+
+
+def _data_rows(
+    recipe: Recipe, resolved: Resolved, size: int, shards: ShardSet | None
+) -> Iterator[tuple[str, str]]:
+    images = recipe.schedule.images
+    if shards is None:
+        yield "data", "data.shards is not set"
+    else:
+        yield "data", f"{recipe.data.shards}: {shards.num_samples:,} images in {len(shards.counts):,} shards"
+    epochs = "" if shards is None else f", {images / shards.num_samples:,.1f} epochs of the data"
+    yield "to see", f"{images:,} images{epochs}"
+    yield "steps", f"{recipe.steps:,}, the first {recipe.warmup_steps:,} of them warm-up"
+    shares = f"{size} processes x {resolved.micro_batch} images x {resolved.accumulation} accumulated"
+    yield "global batch", f"{recipe.global_batch:,} = {shares}"
+
+
+def _optimizer_rows(recipe: Recipe, student: Student) -> Iterator[tuple[str, str]]:
+    optim, schedule = recipe.optim, recipe.schedule
+    yield "learning rate", f"{schedule.warmup_lr:g} -> {optim.lr:g} -> {schedule.min_lr:g}"
+    groups = parameter_groups(student, weight_decay=optim.weight_decay, decay_position=optim.decay_position)
+    for group in groups:
+        total = sum(parameter.numel() for parameter in group["params"])
+        contents = f"{len(group['params'])} tensors, {total:,} parameters"
+        yield f"group {group['name']}", f"{contents}, weight decay {group['weight_decay']:g}"
+    yield "clip", "none" if optim.clip_norm is None else f"global L2 norm {optim.clip_norm:g}"
+
+
+def _form(teacher: Teacher) -> str:
+    return f"{teacher.num_prefix_tokens} + {teacher.grid[0]}x{teacher.grid[1]} tokens of {teacher.width}"
+
+
+def _count(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()):,}"

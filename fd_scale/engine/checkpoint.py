@@ -167,7 +167,10 @@ def _write_rank(partial: Path, engine: Engine, rank: int) -> dict[str, Any] | No
         }
     path = partial / f"rank-{rank:05d}.safetensors"
     # Views of one flat buffer share storage, which safetensors refuses: each is written from its own copy.
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata=starts)
+    try:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata=starts)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"{path} could not be written: {error}") from error
     _sync(path)
     return {"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
 

@@ -1,7 +1,8 @@
 """How far a student's tokens are from a teacher's: smooth L1 on normalised targets.
 
-``whitened_smooth_l1`` is the one public loss, whatever kernel computes it; what stands here is its plain
-form, which is also the oracle of faster ones. ``Objective`` is a recipe's choice of it over a batch.
+``whitened_smooth_l1`` is the one public loss, whatever computes it: the fused kernel where ``kernels.choose``
+says so, else the plain form that stands here, which is also the kernel's oracle. ``Objective`` is a recipe's
+choice of it over a batch.
 
 Shape letters: B images, N tokens, M selected tokens, D channels.
 """
@@ -15,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fd_scale.objective import kernels
 from fd_scale.objective.targets import WHITEN_EPS, has_class_token, l2_normalise, whiten, working_dtype
 from fd_scale.run import recipe as recipes
 
@@ -50,6 +52,16 @@ def whitened_smooth_l1(
     """
     _check_tokens(prediction_BND, teacher_BND)
     _check_settings(beta=beta, target=target, normaliser=normaliser, eps=eps)
+    if kernels.choose(prediction_BND, teacher_BND, target).name == "triton":
+        return kernels.whitened_smooth_l1(
+            prediction_BND,
+            teacher_BND.detach(),
+            beta=beta,
+            target=target,
+            token_weight=token_weight,
+            normaliser=normaliser,
+            eps=eps,
+        ).value
     dtype = working_dtype(prediction_BND, teacher_BND)
     teacher_BND = teacher_BND.detach().to(dtype)
     predicted_BND = prediction_BND.to(dtype)

@@ -8,11 +8,12 @@ READY := $(VENV)/ready
 # Two training processes on two cores: more threads than cores make OpenMP spin.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-slurm lint bench clean
 
 help:
 	@echo "make demo   distil a small student on this machine, before and after, in about 5 minutes"
 	@echo "make test   all tests"
+	@echo "make test-slurm  the tests on a real Slurm of two nodes, on this machine; needs root once"
 	@echo "make lint   format check, lint, types"
 	@echo "make bench  benchmarks; results go to benchmarks/results"
 
@@ -27,7 +28,12 @@ demo: $(READY)
 	$(BIN)/fd-scale demo
 
 test: $(READY)
+	@tests/cluster/install.sh || true
 	$(BIN)/pytest
+
+test-slurm: $(READY)
+	tests/cluster/install.sh
+	$(BIN)/pytest tests/cluster tests/slurm
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -33,6 +33,7 @@ from fd_scale.run.folder import RunFolder, environment
 from fd_scale.run.recipe import Recipe
 from fd_scale.run.report import Reporter
 from fd_scale.run.scale import Resolved
+from fd_scale.run.state import announce
 from fd_scale.run.world import StopRequest, World, seed_step
 from fd_scale.student import Student, build_student
 from fd_scale.teachers import Guest, Teacher, difference, load
@@ -43,15 +44,20 @@ log = logging.getLogger("fd_scale")
 def distill(recipe: Recipe) -> None:
     """Run a recipe to its end, going on from its newest checkpoint; ends the process and never returns.
 
-    Exit status 0: all images were seen and the student exported. 128 + n: stopped by signal n with everything
-    saved. 2: wrong input. 1: anything else, with a traceback.
+    Exit status 0: all images were seen and the student exported, or SIGUSR2 (a scheduler's warning) stopped it
+    with everything saved. 128 + n: signal n did. 2: wrong input. 1: anything else, with a traceback.
     """
     world = World.start()
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+    run: Run | None = None
     try:
-        status = Run(recipe, world).go()
+        run = Run(recipe, world)
+        status = run.go()
     except UserError as error:
-        log.error("error: %s", error) if world.is_main else None
+        # Every rank says so before it leaves: the first one to leave may be the last that is left alive.
+        announce(f"FAILED {error}", None if run is None else run.folder.path)
+        if world.is_main:
+            log.error("error: %s", error)
         status = 2
     except Exception:
         log.exception("rank %d failed", world.rank)
@@ -76,6 +82,7 @@ class Run:
         self.sizes = sorted({student.input_size, *(teacher.input_size for teacher in self.teachers)})
         self.student_size = student.input_size
         self.engine = Engine(student, recipe, self.resolved, world)
+        self.started_at = 0
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -89,9 +96,11 @@ class Run:
     def go(self) -> int:
         """Resume, train, save, export; the exit status."""
         self.resume()
+        self.started_at = self.engine.step_number
         if self.engine.step_number >= self.recipe.steps:
             log.info("%s is finished: %d steps", self.folder.path, self.engine.step_number)
             return self.finish()
+        self.announce("RUNNING")
         if self.world.is_main:
             self.folder.new_start(self.resolved.ds_config, environment() | {"world_size": self.world.size})
         stop = StopRequest()
@@ -112,7 +121,8 @@ class Run:
             log.info(
                 "stopped by %s at step %d; the same command goes on from here", name, self.engine.step_number
             )
-            return 128 + received
+            self.announce("PREEMPTED")
+            return 0 if received == signal.SIGUSR2 else 128 + received
         return self.finish()
 
     def train(self, stop: StopRequest, reporter: Reporter) -> int:
@@ -199,12 +209,20 @@ class Run:
                 self.folder.checkpoints, keep_last=habits.keep_last, keep_every_steps=habits.keep_every_steps
             )
         )
+        self.announce("RUNNING")
 
     def finish(self) -> int:
         """Export the student of the last step."""
         written = self.world.on_main(lambda: export(self.folder.path))
         log.info("student: %s", written.weights)
+        if self.world.is_main:
+            announce(f"DONE step={self.engine.step_number}", self.folder.path)
         return 0
+
+    def announce(self, word: str) -> None:
+        """Say how the run stands, with the step it is at and the one this start began from."""
+        if self.world.is_main:
+            announce(f"{word} step={self.engine.step_number} from={self.started_at}", self.folder.path)
 
     @torch.no_grad()
     def explain_nonfinite(self, step: int) -> str:

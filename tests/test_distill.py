@@ -235,6 +235,8 @@ def test_a_signal_saves_and_one_process_goes_on(
     assert status != 0
     assert "stopped by SIGTERM at step" in output
     stopped_at = len(metrics(tmp_path))
+    (run,) = tmp_path.iterdir()
+    assert (run / "STATE").read_text() == f"PREEMPTED step={stopped_at} from=0\n"
     assert stopped_at < STEPS
     status, output = finish(start(tmp_path, processes=0))
     assert status == 0, output
@@ -250,6 +252,8 @@ def test_a_finished_run_says_so(start: Callable[..., Any], whole: tuple[Path, st
     status, output = finish(start(whole[0], processes=0))
     assert status == 0
     assert "is finished" in output
+    (run,) = whole[0].iterdir()
+    assert (run / "STATE").read_text() == f"DONE step={STEPS}\n"
 
 
 def test_another_teacher_is_refused(

@@ -98,11 +98,8 @@ def _rendezvous(where: Place) -> None:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
         return
     if where.launcher == "srun":
-        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
-        os.environ.setdefault("MASTER_ADDR", hosts.stdout.split()[0])
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = _first_host()
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         port = 20_000 + (int(os.environ["SLURM_JOB_ID"]) + restart) % 20_000
         os.environ.setdefault("MASTER_PORT", str(port))
@@ -111,9 +108,23 @@ def _rendezvous(where: Place) -> None:
             raise RunError(f"{where.launcher} started {where.size} processes without {name}")
 
 
+def _first_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    try:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise RunError(
+            f"srun started this without MASTER_ADDR, and scontrol cannot name the first host of {nodes} "
+            f"({error}): export MASTER_ADDR in the batch script, as slurm/env.sh does"
+        ) from None
+    return hosts.stdout.split()[0]
+
+
 class World:
-    """The processes of one run. Every method named in the plural sense is collective: all ranks must call it.
-    """
+    """The processes of one run, seen from one of them. All methods but ``leave`` are collective: every rank
+    must call them."""
 
     def __init__(self, where: Place) -> None:
         self.rank, self.size, self.local_rank, self.launcher = (

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Slurm and munge for the tests of this folder, from the packages of Debian or Ubuntu. Nothing is configured or started.
+#
+# Exit status 1, with the reason, where they are absent and cannot be installed; the tests are then skipped.
+set -euo pipefail
+
+missing() {
+    local program
+    for program in munged slurmctld slurmd sbatch srun shellcheck; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || echo "$program"
+    done
+}
+
+[[ -z $(missing) ]] && exit 0
+# shellcheck disable=SC2046  # one line
+echo "absent:" $(missing)
+if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+    echo "install Slurm, munge and shellcheck, or run this as root on Debian or Ubuntu" >&2
+    exit 1
+fi
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get install -qq --yes --no-install-recommends slurm-wlm munge shellcheck

@@ -125,6 +125,11 @@ def _initialize(
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # On a CPU it would compile this operator for inference at the first start, a minute of g++ under a lock
+    # that a killed process leaves behind for ever. Training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # A fast path for inference on CPUs, which it would compile for minutes at the first start on a machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )

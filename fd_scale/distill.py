@@ -44,8 +44,8 @@ log = logging.getLogger("fd_scale")
 def distill(recipe: Recipe) -> None:
     """Run a recipe to its end, going on from its newest checkpoint; ends the process and never returns.
 
-    Exit status 0: all images were seen and the student exported, or SIGUSR2 (a scheduler's warning) stopped it
-    with everything saved. 128 + n: signal n did. 2: wrong input. 1: anything else, with a traceback.
+    Exit status 0: all images were seen and the student exported, or SIGUSR2 (a scheduler's warning) stopped
+    it with all saved. 128 + n: signal n did. 2: wrong input. 1: anything else, with a traceback.
     """
     world = World.start()
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")

@@ -266,7 +266,7 @@ def demo() -> Recipe:
         ),
         view=View(crop_scale=(0.3, 1.0)),
         optim=Optim(lr=1.5e-3),
-        schedule=Schedule(images=16_384, warmup_images=1024, warmup_lr=1e-5, min_lr=1e-5),
+        schedule=Schedule(images=12_288, warmup_images=1024, warmup_lr=1e-5, min_lr=1e-5),
         global_batch=64,
         scale="cpu",
         run=Habits(workers=0, log_every_steps=8, save_every_steps=64),

@@ -7,6 +7,7 @@ where it lies is the folder's, and how it goes on after a stop is the checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import time
@@ -23,17 +24,19 @@ from fd_scale.data.index import ShardSet
 from fd_scale.data.loader import TrainLoader
 from fd_scale.data.plan import Plan
 from fd_scale.data.reader import Batch
-from fd_scale.engine import checkpoint
+from fd_scale.engine import checkpoint, saving
 from fd_scale.engine.zero import Engine, StepOutcome
 from fd_scale.errors import RecipeError, RunError, UserError
 from fd_scale.export import export
 from fd_scale.objective.losses import Objective
 from fd_scale.run import scale
 from fd_scale.run.folder import RunFolder, environment
+from fd_scale.run.lease import Lease
 from fd_scale.run.recipe import Recipe
 from fd_scale.run.report import Reporter
 from fd_scale.run.scale import Resolved
 from fd_scale.run.state import announce
+from fd_scale.run.watchdog import Watchdog
 from fd_scale.run.world import StopRequest, World, seed_step
 from fd_scale.student import Student, build_student
 from fd_scale.teachers import Guest, Teacher, difference, load
@@ -45,7 +48,7 @@ def distill(recipe: Recipe) -> None:
     """Run a recipe to its end, going on from its newest checkpoint; ends the process and never returns.
 
     Exit status 0: all images were seen and the student exported, or SIGUSR2 (a scheduler's warning) stopped
-    it with all saved. 128 + n: signal n did. 2: wrong input. 1: anything else, with a traceback.
+    it with everything saved. 128 + n: signal n did. 2: wrong input. 1: anything else, with a traceback.
     """
     world = World.start()
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
@@ -62,6 +65,8 @@ def distill(recipe: Recipe) -> None:
     except Exception:
         log.exception("rank %d failed", world.rank)
         status = 1
+    if run is not None:
+        run.give_back()
     world.leave(status)
 
 
@@ -83,6 +88,9 @@ class Run:
         self.student_size = student.input_size
         self.engine = Engine(student, recipe, self.resolved, world)
         self.started_at = 0
+        # Last, for nothing was written so far, and a start that fails on its input has nothing to give back.
+        self.lease = Lease(self.folder.path)
+        world.on_main(lambda: self.lease.take(log.warning))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -95,14 +103,13 @@ class Run:
 
     def go(self) -> int:
         """Resume, train, save, export; the exit status."""
-        self.resume()
+        saver = self.saver(self.resume())
         self.started_at = self.engine.step_number
         if self.engine.step_number >= self.recipe.steps:
             log.info("%s is finished: %d steps", self.folder.path, self.engine.step_number)
             return self.finish()
         self.announce("RUNNING")
-        if self.world.is_main:
-            self.folder.new_start(self.resolved.ds_config, environment() | {"world_size": self.world.size})
+        watchdog = self.watchdog()
         stop = StopRequest()
         reporter = Reporter(
             self.folder,
@@ -112,10 +119,13 @@ class Run:
             start_step=self.engine.step_number,
         )
         try:
-            received = self.train(stop, reporter)
+            received = self.train(stop, reporter, saver, watchdog)
         finally:
             reporter.close()
-        self.save()
+        watchdog.beat("the last step")
+        saver.save(self.engine, self.facts)
+        saver.wait()
+        watchdog.stop()
         if received and self.engine.step_number < self.recipe.steps:
             name = signal.Signals(received).name
             log.info(
@@ -125,7 +135,7 @@ class Run:
             return 0 if received == signal.SIGUSR2 else 128 + received
         return self.finish()
 
-    def train(self, stop: StopRequest, reporter: Reporter) -> int:
+    def train(self, stop: StopRequest, reporter: Reporter, saver: saving.Saver, watchdog: Watchdog) -> int:
         """Steps until the end or a signal; returns the signal's number, or 0."""
         meter = Meter(self.recipe.global_batch)
         loader = self.loader(self.engine.step_number)
@@ -135,9 +145,10 @@ class Run:
             loss = self.losses(batch)
             outcome = self.engine.step(loss)
             meter.add(loss)
+            watchdog.beat(f"step {self.engine.step_number}")
             if outcome is None:
                 continue
-            self.after_step(outcome, meter, reporter, loader)
+            self.after_step(outcome, meter, reporter, loader, saver)
             received = stop.poll()
             if received:
                 break
@@ -154,7 +165,14 @@ class Run:
         predicted = self.engine(pixels[self.student_size])
         return self.objective(predicted, taught, valid)
 
-    def after_step(self, outcome: StepOutcome, meter: Meter, reporter: Reporter, loader: TrainLoader) -> None:
+    def after_step(
+        self,
+        outcome: StepOutcome,
+        meter: Meter,
+        reporter: Reporter,
+        loader: TrainLoader,
+        saver: saving.Saver,
+    ) -> None:
         """What happens between two optimizer steps: a new seed, a log line, a checkpoint, a look at skipped
         steps."""
         step, habits = self.engine.step_number, self.recipe.run
@@ -166,8 +184,10 @@ class Run:
             bad = float(sum(self.world.gather(loader.bad)))
             metrics = meter.read(self.world) | {"bad_samples": bad}
             reporter.log(step, metrics)
+            self.world.together(saver.check)
         if step % habits.save_every_steps == 0 and step < self.recipe.steps:
-            self.save()
+            with meter.stalled():
+                saver.save(self.engine, self.facts)
 
     def loader(self, start_step: int, stop_step: int | None = None) -> TrainLoader:
         """Micro-batches of this rank from ``start_step`` on, up to the end of the run or before
@@ -189,27 +209,46 @@ class Run:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def resume(self) -> None:
-        """Load the newest whole checkpoint, unless teacher or data are other ones than it was made with."""
-        found = checkpoint.newest(self.folder.checkpoints, self.world, log.warning)
+    def resume(self) -> int | None:
+        """Load the newest whole checkpoint, unless teacher or data are other ones than it was made with; its
+        step, or None."""
+        folder = self.folder.checkpoints
+        found = checkpoint.newest(folder, self.world, log.warning)
         if found is None:
-            return
+            return None
         if differences := difference(found.facts["teacher"], self.teachers[0].fingerprint):
             raise RunError(f"{found.path} was made with another teacher: {'; '.join(differences)}")
         self.plan.check_state(found.facts["data"])
         checkpoint.load(found, self.engine)
+        self.world.on_main(lambda: checkpoint.set_aside(folder, after=found.step))
         log.info("going on from step %d of %d in %s", found.step, self.recipe.steps, self.folder.path)
+        return found.step
 
-    def save(self) -> None:
-        """Commit a checkpoint of this step and let go of old ones."""
-        checkpoint.save(self.folder.checkpoints, self.engine, self.world, self.facts)
-        habits = self.recipe.run
-        self.world.on_main(
-            lambda: checkpoint.retain(
-                self.folder.checkpoints, keep_last=habits.keep_last, keep_every_steps=habits.keep_every_steps
-            )
+    def saver(self, resumed_at: int | None) -> saving.Saver:
+        """What saves the checkpoints, and lets go of old ones once a new one stands."""
+        habits, folder = self.recipe.run, self.folder.checkpoints
+
+        def committed(step: int) -> None:
+            saving.retain(folder, keep_last=habits.keep_last, keep_every_steps=habits.keep_every_steps)
+            self.announce("RUNNING", step)
+
+        return saving.Saver(
+            folder,
+            self.world,
+            background=habits.async_save,
+            last_step=resumed_at,
+            before_commit=self.lease.check,
+            committed=committed,
         )
-        self.announce("RUNNING")
+
+    def watchdog(self) -> Watchdog:
+        """Record this start, and watch over its steps from now on."""
+        facts = environment() if self.world.is_main else {}
+        record = self.world.on_main(
+            lambda: self.folder.new_start(self.resolved.ds_config, facts | {"world_size": self.world.size})
+        )
+        limit_s = self.recipe.run.watchdog_s
+        return Watchdog(record / "stacks", limit_s, rank=self.world.rank, world_size=self.world.size)
 
     def finish(self) -> int:
         """Export the student of the last step."""
@@ -219,10 +258,17 @@ class Run:
             announce(f"DONE step={self.engine.step_number}", self.folder.path)
         return 0
 
-    def announce(self, word: str) -> None:
-        """Say how the run stands, with the step it is at and the one this start began from."""
+    def announce(self, word: str, step: int | None = None) -> None:
+        """Say how the run stands, with a step that is saved (that of the engine by default) and the one this
+        start began from."""
         if self.world.is_main:
-            announce(f"{word} step={self.engine.step_number} from={self.started_at}", self.folder.path)
+            saved = self.engine.step_number if step is None else step
+            announce(f"{word} step={saved} from={self.started_at}", self.folder.path)
+
+    def give_back(self) -> None:
+        """Let the next start have the run directory at once."""
+        if self.world.is_main:
+            self.lease.give_back()
 
     @torch.no_grad()
     def explain_nonfinite(self, step: int) -> str:
@@ -259,6 +305,7 @@ class Meter:
     steps: int = 0
     skipped: int = 0
     wait_s: float = 0.0
+    stall_s: float = 0.0
     since: float = field(default_factory=time.perf_counter)
     losses: list[Tensor] = field(default_factory=list)
     outcome: StepOutcome | None = None
@@ -272,6 +319,13 @@ class Meter:
             if batch is None:
                 return
             yield batch
+
+    @contextlib.contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Note the time for which training stands still to save."""
+        begin = time.perf_counter()
+        yield
+        self.stall_s += time.perf_counter() - begin
 
     def add(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch."""
@@ -295,9 +349,11 @@ class Meter:
             "images_per_s": self.steps * self.global_batch / elapsed,
             "data_wait_share": self.wait_s / elapsed,
             "memory_gib": memory_gib(world.device),
+            "checkpoint_stall_s": self.stall_s,
             "skipped_steps": float(self.skipped),
         }
-        self.steps, self.skipped, self.wait_s, self.losses, self.since = 0, 0, 0.0, [], time.perf_counter()
+        self.steps, self.skipped, self.wait_s, self.stall_s, self.losses = 0, 0, 0.0, 0.0, []
+        self.since = time.perf_counter()
         return figures
 
 

@@ -138,6 +138,8 @@ def test_a_run_learns_and_writes_it_down(whole: tuple[Path, str]) -> None:
     assert rows[0]["lr"] == pytest.approx(1e-5)
     assert rows[2]["lr"] == pytest.approx(named.get("demo").optim.lr)
     assert {"images_per_s", "data_wait_share", "memory_gib", "skipped_steps", "bad_samples"} <= rows[0].keys()
+    stalled = [row["step"] for row in rows if row["checkpoint_stall_s"] > 0]
+    assert stalled == [5, 9], "the intervals in which steps 4 and 8 were saved"
     assert "images/s" in output
     (run,) = root.iterdir()
     assert recipes.load(run / "recipe.json").run_name == run.name
@@ -204,9 +206,7 @@ def test_killed_with_9_and_resumed(
 ) -> None:
     process = start(tmp_path)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    wait_for(
-        lambda: list(tmp_path.glob("demo-*/metrics.jsonl")) != [] and len(metrics(tmp_path)) >= 6, process
-    )
+    wait_for(lambda: list(tmp_path.glob("demo-*/checkpoints/step-????????")) != [], process)
     for child in children.read_text().split():
         os.kill(int(child), signal.SIGKILL)
     status, _ = finish(process)
@@ -310,7 +310,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(start: Callable[..., Any], tmp_p
         assert status == 1
         assert "No space left on device" in output
         (run,) = small.iterdir()
-        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+        # The full disk may meet the metrics first, while the save is still being given up.
+        left = [path.name for path in (run / "checkpoints").iterdir() if path.suffix != ".partial"]
+        assert left == ["step-00000004"]
     finally:
         subprocess.run(["umount", str(small)], check=True)
 

@@ -35,6 +35,7 @@ LAYERS = {
     "fd_scale.student": 3,
     "fd_scale.engine.zero": 3,
     "fd_scale.engine.checkpoint": 4,
+    "fd_scale.engine.saving": 4,
     "fd_scale.engine": 0,
     "fd_scale.plan": 4,
     "fd_scale.export": 5,

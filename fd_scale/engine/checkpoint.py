@@ -7,11 +7,12 @@ stage.
         rank-00000.safetensors   this rank's fragments: master/<parameter>, exp_avg/..., exp_avg_sq/...
         rank-00001.safetensors
       step-00012500.partial/     a save that was cut off; never read, removed by the next save
+      step-00013000.1.damaged/   was passed over by a start, which said why; for a person to look at
 
 A fragment is a flat float32 run of a parameter's elements; the file's metadata gives where it starts. Any
 rank of any later run can therefore collect the elements it needs. Rank 0's file also holds the module's
-buffers. Retention keeps the newest few and every n-th; a damaged newest checkpoint gives way to the one
-before it.
+buffers. A damaged newest checkpoint gives way to the one before it. Writing them is the business of
+``saving.py``.
 """
 
 from __future__ import annotations
@@ -19,23 +20,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fd_scale.engine import fragments as where
 from fd_scale.engine.zero import Engine
 from fd_scale.errors import RunError
-from fd_scale.run.folder import write_atomically
 from fd_scale.run.world import World
 
 FORMAT = 1
@@ -86,9 +84,9 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def faults(checkpoint: Checkpoint, *, share: int = 0, of: int = 1) -> list[str]:
-    """What is wrong with a checkpoint's files: sizes of all, SHA-256 of every ``of``-th starting at
-    ``share``."""
+def faults(checkpoint: Checkpoint, *, share: int = 0, of: int = 1, hashes: bool = True) -> list[str]:
+    """What is wrong with a checkpoint's files: sizes of all and, with ``hashes``, SHA-256 of every ``of``-th
+    starting at ``share``."""
     wrong = []
     for index, file in enumerate(checkpoint.manifest["files"]):
         path = checkpoint.path / file["name"]
@@ -96,139 +94,48 @@ def faults(checkpoint: Checkpoint, *, share: int = 0, of: int = 1) -> list[str]:
             wrong.append(f"{path} is missing")
         elif path.stat().st_size != file["size"]:
             wrong.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {file['size']:,}")
-        elif index % of == share and _sha256(path) != file["sha256"]:
+        elif hashes and index % of == share and sha256(path) != file["sha256"]:
             wrong.append(f"{path} has another SHA-256 than the manifest")
     return wrong
 
 
 def newest(folder: Path, world: World, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose files are whole, agreed by all ranks; each damaged one is reported.
-    Collective."""
-    for checkpoint in reversed(world.on_main(lambda: committed(folder))):
+    Collective.
+
+    None where there is no checkpoint. Raises ``RunError`` where there are some and all are damaged: to begin
+    anew would throw away the work, and is for a person to decide.
+    """
+    available = world.on_main(lambda: committed(folder))
+    for checkpoint in reversed(available):
         found = world.gather(faults(checkpoint, share=world.rank, of=world.size))
         wrong = sorted(set(itertools.chain.from_iterable(found)))
         if not wrong:
             return checkpoint
         warn(f"checkpoint {checkpoint.path.name} is damaged and is passed over: {'; '.join(wrong)}")
+    if available:
+        raise RunError(
+            f"none of the {len(available)} checkpoints in {folder} is whole: put one back from a copy, or "
+            "move this folder away to begin at step 0"
+        )
     return None
 
 
-# ---------------------------------------------------------------------------------------------- saving
+def set_aside(folder: Path, after: int) -> list[Path]:
+    """Rename the checkpoints after a step to ``.damaged``: they were passed over, and the run, which goes on
+    from that step, must not count them among those it keeps."""
+    aside = []
+    for checkpoint in committed(folder):
+        if checkpoint.step > after:
+            name = checkpoint.path.with_suffix(f".{time.time_ns()}.damaged")
+            aside.append(checkpoint.path.rename(name))
+    return aside
 
 
-def save(folder: Path, engine: Engine, world: World, facts: dict[str, Any]) -> Checkpoint:
-    """Write and commit a checkpoint of the engine's step. Collective; saving a committed step again is a
-    no-op.
-
-    When any rank cannot write (a full disk, say), all ranks raise its ``OSError``, the partial save is
-    removed, and earlier checkpoints stand.
-    """
-    final = folder / f"step-{engine.step_number:08d}"
-    if world.on_main(lambda: _manifest(final) is not None):
-        return Checkpoint(final, world.on_main(lambda: _manifest(final) or {}))
-    partial = final.with_suffix(".partial")
-    world.on_main(lambda: _begin(folder, partial))
-    try:
-        file = world.together(lambda: _write_rank(partial, engine, world.rank))
-        written = [entry for entry in world.gather(file) if entry is not None]
-        world.on_main(lambda: _commit(partial, final, _describe(engine, world, facts, written)))
-    except OSError:
-        world.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise
-    return Checkpoint(final, world.on_main(lambda: _manifest(final) or {}))
-
-
-def _begin(folder: Path, partial: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.partial"):
-        shutil.rmtree(stale)
-    uncommitted = partial.with_suffix("")
-    if uncommitted.exists():
-        shutil.rmtree(uncommitted)
-    partial.mkdir()
-
-
-def _write_rank(partial: Path, engine: Engine, rank: int) -> dict[str, Any] | None:
-    """This rank's file and its description; None where another rank already holds the same fragments."""
-    if where.replicated(engine.deepspeed) and rank > 0:
-        return None
-    tensors: dict[str, Tensor] = {}
-    starts: dict[str, str] = {}
-    state = where.inner_optimizer(engine.deepspeed).state
-    for fragment in where.fragments(engine.deepspeed):
-        starts[fragment.name] = str(fragment.start)
-        tensors[f"master/{fragment.name}"] = fragment.of(fragment.buffer).cpu()
-        for key in where.MOMENTS if fragment.buffer in state else ():
-            tensors[f"{key}/{fragment.name}"] = fragment.of(state[fragment.buffer][key]).cpu()
-    if rank == 0:
-        tensors |= {
-            f"buffer/{name}": value.detach().cpu().contiguous()
-            for name, value in _persistent_buffers(engine.module)
-        }
-    path = partial / f"rank-{rank:05d}.safetensors"
-    # Views of one flat buffer share storage, which safetensors refuses: each is written from its own copy.
-    try:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata=starts)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"{path} could not be written: {error}") from error
-    _sync(path)
-    return {"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    kept = set(module.state_dict(keep_vars=True))
-    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
-
-
-def _describe(
-    engine: Engine, world: World, facts: dict[str, Any], files: list[dict[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "step": engine.step_number,
-        "adam_steps": where.steps_taken(engine.deepspeed),
-        "world_size": world.size,
-        "zero_stage": int(engine.deepspeed.zero_optimization_stage()),
-        "parameters": _shapes(engine),
-        "facts": facts,
-        "files": files,
-    }
-
-
-def _shapes(engine: Engine) -> dict[str, list[int]]:
-    """Shapes of the trained parameters as the module had them before ZeRO took them apart."""
-    named = engine.module.named_parameters()
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
-
-
-def _commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    _sync(partial)
-    os.rename(partial, final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def retain(folder: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
-    """Remove all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every_steps``."""
-    removed = []
-    for checkpoint in committed(folder)[:-keep_last]:
-        if keep_every_steps is None or checkpoint.step % keep_every_steps:
-            shutil.rmtree(checkpoint.path)
-            removed.append(checkpoint.path)
-    return removed
 
 
 # --------------------------------------------------------------------------------------------- loading
@@ -318,9 +225,15 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
     engine.move_to(checkpoint.step)
 
 
+def shapes(engine: Engine) -> dict[str, list[int]]:
+    """Shapes of the trained parameters as the module had them before ZeRO took them apart."""
+    named = engine.module.named_parameters()
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
+
+
 def _check_parameters(checkpoint: Checkpoint, engine: Engine) -> None:
     saved = checkpoint.manifest["parameters"]
-    now = _shapes(engine)
+    now = shapes(engine)
     different = [name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
     if different:
         shown = "; ".join(f"{n}: {saved.get(n, 'absent')} -> {now.get(n, 'absent')}" for n in different[:5])

@@ -6,8 +6,10 @@
       starts/0001/                 one per start:
         ds_config.json               what DeepSpeed got
         environment.json             command, commit, versions, host, processors, Slurm job
+        stacks/                      of all ranks, where this start hung
       metrics.jsonl                one line per log interval, units in the names
       quarantine.jsonl             samples that could not be used, and why
+      STATE, lease/                how the run stands; which start may write here
       checkpoints/                 made by their writers at need, as are the next two
       exports/
       reports/

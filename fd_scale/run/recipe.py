@@ -184,6 +184,12 @@ class Habits(Section):
     """Newest checkpoints to keep."""
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this are kept for good."""
+    async_save: bool = True
+    """Save in the background: training waits for a copy in host memory (12 bytes per parameter, shared by
+    the ranks) instead of for the disk. ``false`` where the hosts have no room for that copy."""
+    watchdog_s: PositiveFloat | None = 900.0
+    """A rank that has not finished a micro-batch for so long hangs: stacks of all ranks are written, and the
+    start ends. More than the longest first step and the longest save; ``null`` for no watch."""
     max_nonfinite_steps: PositiveInt = 10
     """Steps in a row with a loss or gradient that is not finite before the run stops."""
     wandb: Literal["off", "offline", "online"] = "off"

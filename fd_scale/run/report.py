@@ -36,8 +36,12 @@ FORMATS: Mapping[str, str] = {
 }
 """How known values are shown, in this order; others follow as ``name value``."""
 
-TROUBLES: Mapping[str, str] = {"skipped_steps": "{:.0f} steps skipped", "bad_samples": "{:.0f} bad samples"}
-"""Counts that are shown where they are not 0."""
+TROUBLES: Mapping[str, str] = {
+    "checkpoint_stall_s": "{:.2f} s to save",
+    "skipped_steps": "{:.0f} steps skipped",
+    "bad_samples": "{:.0f} bad samples",
+}
+"""What is shown where it is not 0."""
 
 WANDB_CLOSE_S = 30.0
 """Longest wait for W&B at the end of a run."""

@@ -3,12 +3,14 @@
 It lies in the run directory as ``STATE``, and also where the environment variable ``FD_SCALE_STATE`` says,
 since a batch script need not know the run directory. The lines are a protocol with ``slurm/job.sh``:
 
-    RUNNING step=S from=F      at the start, and after each committed checkpoint; F is where this start began
+    RUNNING step=S from=F      at the start, and after each committed checkpoint; F is where this start began,
+                               S the newest checkpoint, which may be some steps behind
     PREEMPTED step=S from=F    stopped as asked, everything saved
     DONE step=S                finished
     FAILED <reason>            another start would fail in the same way
 
-An unexpected fault writes nothing: it may be worth another try.
+An unexpected fault writes nothing: it may be worth another try. A start that does not get the run directory
+(``lease.py``) says FAILED to its own batch script, and leaves the directory's line to the start that has it.
 """
 
 from __future__ import annotations

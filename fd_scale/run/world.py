@@ -7,6 +7,7 @@ is one process. Tensors of the model are none of its business; those belong to t
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import signal
@@ -134,6 +135,7 @@ class World:
             where.launcher,
         )
         self.is_main = self.rank == 0
+        self._group: Any = None  # the default one
         if torch.cuda.is_available():
             self.device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
@@ -151,10 +153,16 @@ class World:
         dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT)
         return world
 
+    def aside(self) -> World:
+        """The same processes with a line of their own, for the words of another thread. Collective."""
+        other = copy.copy(self)
+        other._group = dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
+        return other
+
     def gather(self, value: T) -> list[T]:
         """Every rank's picklable ``value``, in rank order, on every rank."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._group)
         return values
 
     def on_main(self, action: Callable[[], T]) -> T:
@@ -166,7 +174,7 @@ class World:
                 outcome[0] = action()
             except (UserError, OSError) as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]

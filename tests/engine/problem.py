@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from fd_scale.engine import checkpoint
+from fd_scale.engine import checkpoint, saving
 from fd_scale.engine.fragments import fragments, steps_taken
 from fd_scale.engine.zero import Engine
 from fd_scale.objective import whitened_smooth_l1
@@ -177,7 +177,7 @@ def interrupted(world: World, settings: list[Setting], folder: str, stop: int) -
         engine.deepspeed.destroy()
         engine, resolved = make_engine(world, setting, folder)
         advance(engine, resolved, world, stop)
-        checkpoint.save(root, engine, world, {"of": setting.label()})
+        saving.save(root, engine, world, {"of": setting.label()})
         engine.deepspeed.destroy()
         results[setting.label()] = {"whole": whole, "resumed": resume(world, setting, folder, str(root))}
     return results

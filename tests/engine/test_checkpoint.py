@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fd_scale.engine import checkpoint
+from fd_scale.engine import checkpoint, saving
+from fd_scale.errors import RunError
 from tests.engine import problem
 from tests.engine.problem import Setting
 from tests.spawn import spawn
@@ -144,12 +145,32 @@ def test_a_partial_save_is_never_read(folder: Path, tmp_path: Path, exact: Any) 
     assert [c.step for c in checkpoint.committed(root)] == [4]
 
 
+def test_no_whole_checkpoint_is_for_a_person_to_decide(folder: Path, tmp_path: Path, exact: Any) -> None:
+    root = copy_of_one(folder, tmp_path, exact)
+    assert checkpoint.newest(tmp_path / "nothing", OneProcess(), print) is None
+    for shard in root.glob("*/rank-00000.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(RunError, match=r"none of the 2 checkpoints in .* is whole"):
+        checkpoint.newest(root, OneProcess(), lambda text: None)
+
+
+def test_what_was_passed_over_is_kept_and_does_not_count(folder: Path, tmp_path: Path, exact: Any) -> None:
+    """Else retention would let go of the whole one in favour of the damaged one."""
+    root = copy_of_one(folder, tmp_path, exact)
+    (kept,) = checkpoint.set_aside(root, after=4)
+    assert kept.name.startswith("step-00000006.")
+    assert kept.suffix == ".damaged"
+    assert (kept / "rank-00001.safetensors").exists()
+    saving.retain(root, keep_last=1, keep_every_steps=None)
+    assert [c.step for c in checkpoint.committed(root)] == [4]
+
+
 def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
     for step in range(1, 9):
         path = tmp_path / f"step-{step:08d}"
         path.mkdir()
         (path / "manifest.json").write_text(json.dumps({"format": 1, "step": step, "files": []}))
-    checkpoint.retain(tmp_path, keep_last=2, keep_every_steps=3)
+    saving.retain(tmp_path, keep_last=2, keep_every_steps=3)
     assert [c.step for c in checkpoint.committed(tmp_path)] == [3, 6, 7, 8]
 
 

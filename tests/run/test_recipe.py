@@ -213,6 +213,8 @@ BLIND = {
     "run.keep_last": 9,
     "run.keep_every_steps": 5,
     "run.max_nonfinite_steps": 1,
+    "run.async_save": False,
+    "run.watchdog_s": 60.0,
     "run.wandb": "offline",
     "run.wandb_project": "other",
 }

@@ -1,0 +1,71 @@
+"""Saves beside the training: the same bytes, one at a time, whole or not there, and failures that all hear
+of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fd_scale.engine import checkpoint
+from tests.engine import saves
+from tests.spawn import spawn
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saves")
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> list[dict[str, Any]]:
+    return spawn(saves.tell, 2, str(folder))
+
+
+def test_a_save_beside_the_training_holds_the_step_it_began_at(folder: Path, told: Any) -> None:
+    for rank in (0, 1):
+        # Tensor by tensor: safetensors orders its metadata anew in every file.
+        blocking, background = (
+            load_file(folder / name / "step-00000001" / f"rank-{rank:05d}.safetensors")
+            for name in ("blocking", "background")
+        )
+        assert blocking.keys() == background.keys()
+        assert all(torch.equal(value, background[name]) for name, value in blocking.items())
+
+
+def test_training_goes_on_meanwhile_and_a_second_save_waits(told: Any) -> None:
+    for rank in told:
+        assert rank["first_s"] < 1.0
+        assert rank["second_s"] > 1.5
+    assert told[0]["committed"] == [1, 2, 3], "in order, and no step twice"
+    assert told[0]["partials"] == [1, 1, 1], "one at a time"
+
+
+def test_a_disk_that_is_full_for_one_rank_fails_the_save_for_all(told: Any) -> None:
+    stood = ["step-00000001", "step-00000002", "step-00000003"]
+    for rank in told:
+        for way in ("full", "full, not in the background"):
+            assert rank[way].startswith("OSError")
+            assert "rank-00001.safetensors" in rank[way]
+            assert "File too large" in rank[way]
+        assert rank["after full"] == stood
+        assert rank["after more room"] == [*stood, "step-00000004"]
+
+
+def test_every_checkpoint_that_stands_is_whole(folder: Path, told: Any) -> None:
+    found = checkpoint.committed(folder / "background")
+    assert [checkpoint.faults(each) for each in found] == [[]] * 4
+
+
+def test_a_file_system_that_is_gone_is_not_grown_anew(told: Any) -> None:
+    for rank in told:
+        assert rank["lost"].startswith("FileNotFoundError")
+        assert not rank["grown"]
+
+
+def test_a_start_that_lost_the_directory_commits_nothing_and_removes_nothing(tmp_path: Path) -> None:
+    said = spawn(saves.object_to_commit, 1, str(tmp_path))[0]
+    assert said == ["RuntimeError: taken by another start", "step-00000001.partial"]

@@ -1,8 +1,9 @@
 """What is asked of a run: the science, and a few habits that are not science.
 
 A recipe is a frozen value. It is written in Python (``recipes.py``), recorded as JSON, and changed for a
-trial with ``--set section.field=value``. Everything is checked here, before anything is loaded. How the run
-fits a machine is the business of ``scale.py``; names and paths of a run directory that of ``folder.py``.
+trial with ``--set section.field=value``. Everything is checked here, before anything is loaded. Its parts are
+in ``sections.py``; how the run fits a machine is the business of ``scale.py``, names and paths of a run
+directory that of ``folder.py``.
 """
 
 from __future__ import annotations
@@ -12,188 +13,25 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from fd_scale.errors import RecipeError, near_misses
-
-IMAGENET_1K_IMAGES = 1_281_167
-"""Training images of ImageNet-1K: the papers' epoch."""
+from fd_scale.run.sections import (
+    Data,
+    Habits,
+    Objective,
+    Optim,
+    Schedule,
+    Section,
+    Student,
+    Teacher,
+    View,
+)
 
 MAX_STREAMS = 1024
 """Most streams that the order of the data is cut into, hence most processes that can share a run."""
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Scalar = bool | int | float | str | tuple[int, ...] | None
-
-
-class Section(BaseModel):
-    """A frozen, strict part of a recipe: unknown keys and wrong types are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class Student(Section):
-    """The network that is trained, from random weights."""
-
-    architecture: str
-    """A name of ``models`` (``vit_base_patch16``), or ``timm:NAME`` for any timm backbone."""
-    input_size: PositiveInt = 224
-    """Side of the square input, pixels."""
-    position: Literal["shared_rpb", "rpb", "ape"] | None = "shared_rpb"
-    """Position encoding of a ViT of ``models`` (``vit_*``); ``null`` for other families."""
-    layer_scale: PositiveFloat | None = 0.1
-    """Initial LayerScale of a ViT of ``models`` (released code, ``VIT.INIT_VALUES``); ``null`` for none
-    and for other families."""
-    drop_path: float = Field(default=0.1, ge=0, lt=1)
-    """Stochastic depth rate of the last block, linear over depth; the student only."""
-    arguments: dict[str, Scalar] = {}
-    """Further arguments of the architecture, by its own names."""
-
-
-class Teacher(Section):
-    """The frozen network whose feature map is regressed."""
-
-    library: Literal["timm", "open_clip", "models"]
-    """Where the architecture lives; ``models`` is this project's own package."""
-    architecture: str
-    """Its name there, without a weights tag."""
-    weights: str
-    """A tag of the library's hub, a local file (.safetensors, .pth, .pt), or ``random`` (trials only)."""
-    input_size: PositiveInt | None = None
-    """Side of its square input, pixels; ``null`` takes the size it was trained at."""
-    arguments: dict[str, Scalar] = {}
-    """Further arguments of the architecture, by the library's own names."""
-
-
-class View(Section):
-    """The one geometric view that all networks see."""
-
-    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
-    """Smallest and largest share of the image's area that a crop covers."""
-    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
-    """Smallest and largest width / height of a crop."""
-    flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a horizontal flip."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Antialiased resampling of the crop."""
-    exif: Literal["ignore", "apply"] = "ignore"
-    """The EXIF orientation; teachers were trained without it."""
-
-    @model_validator(mode="after")
-    def _ranges(self) -> View:
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name}={low, high} must rise")
-        if self.crop_scale[1] > 1:
-            raise ValueError(f"crop_scale={self.crop_scale} must end at 1 or below")
-        return self
-
-
-class Objective(Section):
-    """What is regressed on what (FD paper, section 3)."""
-
-    target: Literal["whiten", "l2", "none"] = "whiten"
-    """Normalisation of each teacher token."""
-    granularity: Literal["full", "cls", "gap"] = "full"
-    """The whole map, the class token alone, or the mean of the patches."""
-    beta: float = Field(default=2.0, ge=0)
-    """Knee of the smooth-L1 loss."""
-    cls: Literal["match", "drop", "mean"] = "match"
-    """The teacher's class token: regressed by the student's, left out, or by the student's mean patch."""
-    cls_weight: PositiveFloat = 10.0
-    """Weight of the class token in the full map (ICCV text; the released code has 1)."""
-    normaliser: Literal["mean", "weighted_mean"] = "mean"
-    """Divide the weighted sum by the number of elements, or by the sum of their weights."""
-    grid: Literal["exact", "bilinear", "bicubic"] = "exact"
-    """How the student's grid reaches the teacher's: it must be equal, or it is resampled."""
-
-    @model_validator(mode="after")
-    def _pairs(self) -> Objective:
-        if self.granularity == "cls" and self.cls == "drop":
-            raise ValueError(
-                "granularity='cls' regresses the class token, so cls='drop' leaves nothing to regress"
-            )
-        return self
-
-
-class Optim(Section):
-    """AdamW and the clip."""
-
-    lr: PositiveFloat = 1.2e-3
-    """Peak learning rate at this recipe's global batch; not rescaled when the batch changes."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(default=0.05, ge=0)
-    decay_position: bool = True
-    """Whether relative position tables are decayed (the released code does; FT-CLIP does not)."""
-    clip_norm: PositiveFloat | None = 3.0
-    """Largest global L2 norm of the gradient; ``null`` for no clip."""
-
-
-class Schedule(Section):
-    """Linear warm-up, then cosine, counted in images."""
-
-    images: PositiveInt = 300 * IMAGENET_1K_IMAGES
-    """Images to see, all told."""
-    warmup_images: int = Field(default=10 * IMAGENET_1K_IMAGES, ge=0)
-    """Images of the linear warm-up, part of ``images``."""
-    warmup_lr: float = Field(default=2e-6, ge=0)
-    """Learning rate of the first step."""
-    min_lr: float = Field(default=2e-5, ge=0)
-    """Learning rate at the end of the cosine."""
-
-    @model_validator(mode="after")
-    def _order(self) -> Schedule:
-        if self.warmup_images >= self.images:
-            raise ValueError(f"warmup_images={self.warmup_images:,} must be below images={self.images:,}")
-        return self
-
-
-class Data(Section):
-    """Where the images are, and how much damage is borne."""
-
-    shards: str | None = None
-    """A folder of tar shards with its index (made by ``fd-scale shards``)."""
-    max_bad_fraction: float = Field(default=1e-3, ge=0, le=1)
-    """Share of samples that may be unreadable before the run stops."""
-
-
-class Habits(Section):
-    """What a run does beside the science: saving, logging, reading. Not part of the fingerprint."""
-
-    root: str = "runs"
-    """Folder that holds the run directories."""
-    workers: int = Field(default=2, ge=0)
-    """Decoding processes per rank; 0 decodes in the training process."""
-    log_every_steps: PositiveInt = 20
-    save_every_steps: PositiveInt = 1000
-    keep_last: int = Field(default=2, ge=1)
-    """Newest checkpoints to keep."""
-    keep_every_steps: PositiveInt | None = None
-    """Checkpoints at multiples of this are kept for good."""
-    async_save: bool = True
-    """Save in the background: training waits for a copy in host memory (12 bytes per parameter, shared by
-    the ranks) instead of for the disk. ``false`` where the hosts have no room for that copy."""
-    watchdog_s: PositiveFloat | None = 900.0
-    """A rank that has not finished a micro-batch for so long hangs: stacks of all ranks are written, and the
-    start ends. More than the longest first step and the longest save; ``null`` for no watch."""
-    max_nonfinite_steps: PositiveInt = 10
-    """Steps in a row with a loss or gradient that is not finite before the run stops."""
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "fd_scale"
 
 
 class Recipe(Section):
@@ -269,10 +107,14 @@ class Recipe(Section):
         return round(self.schedule.warmup_images / self.global_batch)
 
     def science(self) -> dict[str, Any]:
-        """What the fingerprint covers, as plain JSON values."""
-        return self.model_dump(
-            mode="json", exclude={"notes": True, "scale": True, "run": True, "data": {"shards"}}
-        )
+        """What the fingerprint covers, as plain JSON values: of the data, not where they lie, nor how much
+        damage is borne, so that a run that stopped on either can go on with another answer."""
+        values = self.model_dump(mode="json", exclude={"notes", "scale", "run"})
+        data = values["data"]
+        for name in ("shards", "on_change", "max_bad_fraction", "max_bad_shards"):
+            del data[name]
+        data["sources"] = list(data["sources"].values())
+        return values
 
     @property
     def fingerprint(self) -> str:

@@ -16,17 +16,16 @@ from collections.abc import Callable, Mapping
 from rich.table import Table
 
 from fd_scale.errors import RecipeError, near_misses
-from fd_scale.run.recipe import (
+from fd_scale.run.recipe import Recipe, derive
+from fd_scale.run.sections import (
     IMAGENET_1K_IMAGES,
     Habits,
     Objective,
     Optim,
-    Recipe,
     Schedule,
     Student,
     Teacher,
     View,
-    derive,
 )
 
 

@@ -179,6 +179,13 @@ CHANGES = {
     "view.flip": 0.0,
     "view.interpolation": "bilinear",
     "view.exif": "apply",
+    "view.shrink": False,
+    "view.color.jitter": 0.8,
+    "view.color.brightness": 0.1,
+    "view.color.contrast": 0.1,
+    "view.color.saturation": 0.1,
+    "view.color.hue": 0.2,
+    "view.color.grey": 0.2,
     "objective.target": "l2",
     "objective.granularity": "gap",
     "objective.beta": 1.0,
@@ -196,7 +203,8 @@ CHANGES = {
     "schedule.warmup_images": 0,
     "schedule.warmup_lr": 0.0,
     "schedule.min_lr": 0.0,
-    "data.max_bad_fraction": 0.0,
+    "data.block": 128,
+    "data.sources": {"/a": 1.0, "/b": 2.0},
     "global_batch": 1024,
     "seed": 1,
 }
@@ -206,8 +214,15 @@ BLIND = {
     "notes": "words",
     "scale": "vitb_1gpu",
     "data.shards": "/elsewhere",
+    "data.on_change": "next_epoch",
+    "data.max_bad_fraction": 0.0,
+    "data.max_bad_shards": 3,
     "run.root": "/elsewhere",
     "run.workers": 9,
+    "run.decoder": "pillow",
+    "run.cache": "/scratch",
+    "run.cache_gib": 100.0,
+    "run.allow_pipe": True,
     "run.log_every_steps": 1,
     "run.save_every_steps": 1,
     "run.keep_last": 9,
@@ -252,8 +267,8 @@ def test_a_fingerprint_is_blind_to_the_rest(recipe, field):
 
 def test_the_fingerprint_is_this_one_on_any_machine(recipe):
     """A change of schema or defaults that moves this value cuts all runs off from their directories."""
-    assert recipe.fingerprint == "fc6c96c5"
-    assert recipe.run_name == "trial-fc6c96c5"
+    assert recipe.fingerprint == "575fadc4"
+    assert recipe.run_name == "trial-575fadc4"
     code = "import json, sys, fd_scale.run.recipe as r; print(r.build(json.loads(sys.argv[1])).run_name)"
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
@@ -261,6 +276,21 @@ def test_the_fingerprint_is_this_one_on_any_machine(recipe):
             [sys.executable, "-c", code, json.dumps(MINIMAL)], env=environment, capture_output=True, text=True
         )
         assert answer.stdout.strip() == recipe.run_name, answer.stderr
+
+
+def test_a_fingerprint_sees_the_weights_of_sources_and_not_where_they_lie(recipe):
+    mixed = derive(recipe, **{"data.sources": {"/a": 1.0, "/b": 2.0}})
+    assert derive(recipe, **{"data.sources": {"/x": 1.0, "/y": 2.0}}).fingerprint == mixed.fingerprint
+    assert derive(recipe, **{"data.sources": {"/a": 2.0, "/b": 1.0}}).fingerprint != mixed.fingerprint
+
+
+def test_one_folder_and_several_exclude_each_other(recipe):
+    with pytest.raises(
+        RecipeError, match=r"shards=./a. and sources exclude each other: set one to null or \{\}"
+    ):
+        derive(recipe, **{"data.shards": "/a", "data.sources": {"/b": 1.0}})
+    with pytest.raises(RecipeError, match=r"data\.sources\./b"):
+        derive(recipe, **{"data.sources": {"/b": 0.0}})
 
 
 def test_a_fingerprint_looks_at_values_and_not_at_how_they_are_written(recipe):

@@ -67,7 +67,17 @@ class Table:
     def key(self, sample: int) -> str:
         """The key of a sample."""
         begin = int(self.key_ends[sample - 1]) if sample else 0
-        return bytes(self.keys[begin : int(self.key_ends[sample])]).decode("utf-8", "surrogateescape")
+        return str(self.keys[begin : int(self.key_ends[sample])], "utf-8", "surrogateescape")
+
+    def image(self, sample: int) -> tuple[int, int]:
+        """Offset and length of the image of a sample."""
+        member = self.first_members[sample]
+        return int(self.offsets[member]), int(self.lengths[member])
+
+    def extent(self, first: int, last: int) -> tuple[int, int]:
+        """Where the bytes of samples ``first`` .. ``last`` begin, and where they end."""
+        span = slice(int(self.first_members[first]), int(self.first_members[last + 1]))
+        return int(self.offsets[span].min()), int((self.offsets[span] + self.lengths[span]).max())
 
     def members(self, sample: int) -> list[tuple[str, int, int]]:
         """(extension, offset, length) of each member of a sample, the image first."""

@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fd_scale.data.index import MANIFEST, ShardSet
+from fd_scale.data.index import ShardSet
 from fd_scale.data.loader import evaluation_batches
+from fd_scale.data.manifest import MANIFEST
 from fd_scale.errors import UserError
 from fd_scale.evaluate.backbone import Backbone
 
@@ -171,7 +172,7 @@ def _identity(facts: Mapping[str, Any], shards: ShardSet) -> str:
     The fingerprint of the data does not suffice: it knows the sizes of shards, and small tars are often of
     equal size. The manifest holds their SHA-256 where this package wrote them, else the folder must do.
     """
-    folders = [shards.folder.resolve()]
+    folders = [folder.folder.resolve() for folder in shards.folders]
     identity = {"version": VERSION, "folders": [str(folder) for folder in folders], **facts}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for folder in folders:

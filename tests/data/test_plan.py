@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from fd_scale.data import philox
 from fd_scale.data.plan import Plan, Samples
-from fd_scale.errors import ScaleError, ShardError
+from fd_scale.data.ring import Span
+from fd_scale.errors import RecipeError, ScaleError, ShardError
 
 COUNTS = [int(n) for n in np.random.default_rng(0).integers(0, 132, 37)]
 SOME_COUNTS = st.lists(st.integers(0, 131), min_size=1, max_size=12).filter(lambda counts: sum(counts) > 0)
@@ -33,9 +34,9 @@ def reference_epoch(
     """The definition of the order written out with lists: one list of places per step."""
     total = sum(counts)
     steps = total // batch if tail == "drop" else math.ceil(total / batch)
-    order = philox.permutation(philox.key("fd.shards", seed, epoch), len(counts))
+    order = philox.permutation(philox.key("fd.shards", seed, epoch, 0), len(counts))
     ring = [(shard, index) for shard in order.tolist() for index in range(counts[shard])]
-    offset = int(philox.words(philox.key("fd.offset", seed, epoch), 1)[0]) % total
+    offset = int(philox.words(philox.key("fd.offset", seed, epoch, 0), 1)[0]) % total
     length, per_step = steps * batch // streams, batch // streams
     stretches = []
     for stream in range(streams):
@@ -43,7 +44,7 @@ def reference_epoch(
         shuffled = []
         for number, begin in enumerate(range(0, length, block)):
             part = positions[begin : begin + block]
-            words = philox.words(philox.key("fd.block", seed, epoch, stream, number), len(part)).tolist()
+            words = philox.words(philox.key("fd.block", seed, epoch, 0, stream, number), len(part)).tolist()
             shuffled += [part[i] for i in sorted(range(len(part)), key=words.__getitem__)]
         stretches.append([ring[(position + offset) % total] for position in shuffled])
     return [
@@ -130,10 +131,11 @@ def test_streams_and_world_sizes():
         assert plan.allowed_world_sizes() == tuple(n for n in range(1, streams + 1) if streams % n == 0)
 
 
-def test_locate_counts_epochs():
+def test_epochs_are_counted():
     plan = Plan([100], seed=0, global_batch=30)
     assert plan.steps_per_epoch == 3
-    assert [plan.locate(step) for step in (0, 2, 3, 7)] == [(0, 0), (0, 2), (1, 0), (2, 1)]
+    assert [plan.epochs(step) for step in (0, 2, 3, 7)] == [(0,), (0,), (1,), (2,)]
+    assert plan.samples(7).epoch.tolist() == [2] * 30
     assert Plan([100], seed=0, global_batch=30, tail="pad").steps_per_epoch == 4
     assert Plan([90], seed=0, global_batch=30, tail="pad").steps_per_epoch == 3
 
@@ -160,7 +162,7 @@ def test_the_key_of_a_sample_depends_on_seed_epoch_and_place_alone():
     samples = plan.samples(step, rank=1, world_size=4)
     expected = [philox.key("fd.sample", 3, 2, shard, index) for shard, index in places(samples)]
     np.testing.assert_array_equal(samples.key, philox.as_array(expected))
-    assert (samples.epoch, samples.step, len(samples)) == (2, step, 12)
+    assert (samples.epoch.tolist(), samples.step, len(samples)) == ([2] * 12, step, 12)
 
 
 def test_a_batch_draws_on_the_whole_data_set():
@@ -187,7 +189,16 @@ def test_impossible_requests_say_what_would_work():
             plan.samples(0, **wrong)
     with pytest.raises(ValueError, match="no such part"):
         plan.samples(-1)
-    for wrong in ({"global_batch": 0}, {"block": 0}, {"seed": -1}, {"tail": "keep"}, {"counts": [3, -1]}):
+    for wrong in (
+        {"global_batch": 0},
+        {"block": 0},
+        {"seed": -1},
+        {"tail": "keep"},
+        {"counts": [3, -1]},
+        {"mix": [(2, 1.0)]},
+        {"mix": [(1, 0.0)]},
+        {"mix": [(1, -1.0)]},
+    ):
         with pytest.raises(ValueError, match="no plan for"):
             Plan(**{"counts": [9], "seed": 0, "global_batch": 1, **wrong})
 
@@ -195,8 +206,9 @@ def test_impossible_requests_say_what_would_work():
 def test_state_survives_json_and_gives_the_step_back():
     plan = Plan(COUNTS, seed=3, global_batch=48, fingerprint="f" * 64)
     state = json.loads(json.dumps(plan.state(1234)))
-    assert plan.check_state(state) == 1234
-    assert state["epoch"] == 1234 // plan.steps_per_epoch
+    assert state["step"] == 1234
+    assert plan.resumed(state).state(1234) == state
+    assert state["epochs"] == [1234 // plan.steps_per_epoch]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +227,7 @@ def test_a_changed_data_set_is_refused_by_name(changes, said):
     asked = {"counts": COUNTS, "seed": 3, "global_batch": 48, "fingerprint": "a"}
     state = Plan(**asked).state(7)
     with pytest.raises(ShardError, match=said):
-        Plan(**{**asked, **changes}).check_state(state)
+        Plan(**{**asked, **changes}).resumed(state)
 
 
 def test_a_state_without_a_field_is_refused():
@@ -223,13 +235,185 @@ def test_a_state_without_a_field_is_refused():
     state = plan.state(7)
     del state["fingerprint"]
     with pytest.raises(ShardError, match="fingerprint: absent at the checkpoint"):
-        plan.check_state(state)
+        plan.resumed(state)
 
 
 def test_without_a_fingerprint_the_counts_are_compared():
     state = Plan([5, 6], seed=0, global_batch=4).state(0)
     with pytest.raises(ShardError, match="fingerprint"):
-        Plan([6, 5], seed=0, global_batch=4).check_state(state)
+        Plan([6, 5], seed=0, global_batch=4).resumed(state)
+
+
+MIX_COUNTS = [40, 0, 33, 7, 19, 60, 2]
+MIX = [(3, 6.0), (2, 1.0), (2, 3.0)]  # 73, 26 and 62 samples
+
+
+def mixed(global_batch: int = 20, **changes) -> Plan:
+    return Plan(MIX_COUNTS, **{"seed": 4, "global_batch": global_batch, "mix": MIX, "block": 3, **changes})
+
+
+def source_of(shard: int) -> int:
+    return 0 if shard < 3 else 1 if shard < 5 else 2
+
+
+def test_a_mix_has_its_exact_proportions_in_every_step():
+    plan = mixed()
+    assert plan.streams_per_source == (12, 2, 6)
+    for step in range(40):
+        sources = [source_of(shard) for shard in plan.samples(step).shard.tolist()]
+        assert [sources.count(number) for number in range(3)] == [12, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("weights", "streams", "shares"),
+    [
+        ((1.0,), 7, (7,)),
+        ((1.0, 1.0), 7, (4, 3)),
+        ((0.5, 0.3, 0.2), 8, (4, 2, 2)),
+        ((70.0, 30.0), 1024, (717, 307)),
+        ((1.0, 1.0, 1.0), 1024, (342, 341, 341)),
+    ],
+)
+def test_streams_are_shared_by_largest_remainder(weights, streams, shares):
+    mix = [(1, weight) for weight in weights]
+    plan = Plan([5000] * len(weights), seed=0, global_batch=streams, mix=mix)
+    assert plan.streams_per_source == shares
+
+
+def test_the_sources_of_a_mix_are_spread_evenly_over_ranks():
+    plan = Plan([9000] * 3, seed=0, global_batch=256, mix=[(1, 4.0), (1, 2.0), (1, 2.0)])
+    for rank in range(32):
+        sources = plan.samples(0, rank, 32).shard.tolist()
+        assert [sources.count(number) for number in range(3)] == [4, 2, 2]
+
+
+def test_every_source_of_a_mix_goes_round_exactly_at_its_own_pace():
+    plan = mixed()
+    places_of = [[], [], []]
+    for step in range(60):
+        samples = plan.samples(step)
+        for epoch, place in zip(samples.epoch.tolist(), places(samples), strict=True):
+            places_of[source_of(place[0])].append((epoch, place))
+    for number, (total, per_step) in enumerate(((73, 12), (26, 2), (62, 6))):
+        steps = total // per_step
+        for epoch in range(60 // steps):
+            seen = [place for when, place in places_of[number] if when == epoch]
+            assert len(seen) == len(set(seen)) == steps * per_step
+    assert plan.epochs(59) == (59 // 6, 59 // 13, 59 // 10)
+    assert plan.steps_per_epoch == 13
+
+
+def test_a_mix_is_the_same_for_any_world_and_start():
+    whole = [places(mixed().samples(step)) for step in range(30)]
+    for world in mixed().allowed_world_sizes():
+        fresh = mixed()
+        for step in (0, 17, 29):
+            parts = [fresh.samples(step, rank, world) for rank in range(world)]
+            assert list(itertools.chain(*map(places, parts))) == whole[step]
+
+
+def test_a_source_that_gets_nothing_is_refused():
+    with pytest.raises(
+        RecipeError, match=r"data set 2 of the mix has weight 0\.01 .* 8 streams .*data\.sources"
+    ):
+        Plan([100, 100], seed=0, global_batch=8, mix=[(1, 1.0), (1, 0.01)])
+    with pytest.raises(ShardError, match=r"data set 2 of the mix hold 3 samples.*its part .* takes 4"):
+        Plan([100, 3], seed=0, global_batch=8, mix=[(1, 1.0), (1, 1.0)])
+    assert (
+        Plan([100, 3], seed=0, global_batch=8, mix=[(1, 1.0), (1, 1.0)], tail="pad").samples(9).shard.size
+        == 8
+    )
+
+
+def test_another_mix_is_refused_by_name():
+    with pytest.raises(
+        ShardError, match=r"mix: \[\[3, 12\], \[2, 2\], \[2, 6\]\] at the checkpoint, \[\[3, 8\]"
+    ):
+        mixed(mix=[(3, 2.0), (2, 1.0), (2, 2.0)]).resumed(mixed().state(3))
+
+
+def test_unchanged_data_go_on_where_they_were():
+    for on_change in ("refuse", "next_epoch"):
+        resumed = mixed().resumed(json.loads(json.dumps(mixed().state(31))), on_change=on_change)
+        assert [places(resumed.samples(s)) for s in (31, 50)] == [
+            places(mixed().samples(s)) for s in (31, 50)
+        ]
+
+
+def test_changed_data_go_on_from_their_next_epoch_when_asked():
+    before = Plan(COUNTS, seed=3, global_batch=48, fingerprint="a")
+    state = json.loads(json.dumps(before.state(100)))
+    assert state["epochs"] == [2]
+    changed = Plan([*COUNTS, 70], seed=3, global_batch=48, fingerprint="b")
+    with pytest.raises(ShardError, match=r"shards: 37 at.*\n.*samples(.|\n)*data\.on_change=next_epoch"):
+        changed.resumed(state)
+    resumed = changed.resumed(state, on_change="next_epoch")
+    steps = changed.steps_per_epoch
+    assert places(resumed.samples(100)) == places(changed.samples(3 * steps))
+    assert places(resumed.samples(100 + steps)) == places(changed.samples(4 * steps))
+    # And once more, after a stop in that epoch: the count of epochs travels with the state.
+    again = changed.resumed(json.loads(json.dumps(resumed.state(105))))
+    assert places(again.samples(105)) == places(changed.samples(3 * steps + 5))
+    assert again.epochs(105) == (3,)
+    with pytest.raises(ValueError, match="no such part"):
+        resumed.samples(99)
+
+
+def test_a_source_may_join_and_leave_at_the_next_epoch():
+    state = mixed().state(31)
+    assert state["epochs"] == [5, 2, 3]
+    joined = Plan([*MIX_COUNTS, 50], seed=4, global_batch=20, mix=[*MIX, (1, 2.0)], block=3)
+    assert joined.resumed(state, on_change="next_epoch").epochs(31) == (6, 3, 4, 6)
+    left = Plan(MIX_COUNTS[:5], seed=4, global_batch=20, mix=MIX[:2], block=3)
+    assert left.resumed(state, on_change="next_epoch").epochs(31) == (6, 3)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 5}, {"global_batch": 40}])
+def test_what_is_not_the_data_may_not_change(changes):
+    with pytest.raises(ShardError, match="at the checkpoint"):
+        mixed(**changes).resumed(mixed().state(31), on_change="next_epoch")
+
+
+def members(spans: tuple[Span, ...]) -> list[tuple[int, int]]:
+    return [(span.shard, index) for span in spans for index in range(span.first, span.stop)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=SOME_COUNTS,
+    batch=st.sampled_from([1, 6, 24, 35, 2039]),
+    block=st.sampled_from([1, 2, 7, 256]),
+    tail=st.sampled_from(["drop", "pad"]),
+    data=st.data(),
+)
+def test_chunks_are_the_micro_batch_and_need_what_holds_them(counts, batch, block, tail, data):
+    if tail == "drop" and sum(counts) < batch:
+        return
+    plan = Plan(counts, seed=1, global_batch=batch, tail=tail, block=block)
+    step = data.draw(st.integers(0, 2 * plan.steps_per_epoch))
+    world = data.draw(st.sampled_from(plan.allowed_world_sizes()[:4]))
+    of = data.draw(st.sampled_from([n for n in (1, 2, 3) if batch // world % n == 0]))
+    pieces = data.draw(st.integers(1, 5))
+    for which in range(of):
+        part = plan.samples(step, world - 1, world, (which, of))
+        chunks = plan.chunks(step, world - 1, world, (which, of), pieces)
+        assert len(chunks) == pieces
+        assert list(itertools.chain(*(places(samples) for samples, _ in chunks))) == places(part)
+        np.testing.assert_array_equal(np.concatenate([samples.key for samples, _ in chunks]), part.key)
+        for samples, need in chunks:
+            assert set(places(samples)) <= set(members(need.now))
+
+
+@pytest.mark.parametrize("make", [mixed, lambda: Plan([90, 5, 60], seed=2, global_batch=10, block=8)])
+def test_what_a_chunk_needs_was_announced_before(make):
+    plan = make()
+    for piece in range(3):
+        known: set[Span] = set()
+        for step in range(60):
+            _, need = plan.chunks(step, 0, 1, (0, 1), 3)[piece]
+            assert step == 0 or set(need.now) <= known
+            known = {*need.now, *need.soon}
+            assert len(members(need.now)) <= 2 * plan.block * (plan.streams // 3 + 1)
 
 
 def test_resuming_deep_in_a_large_epoch_takes_no_time():

@@ -1,7 +1,8 @@
 """What pixels are in these bytes? Always 8-bit RGB, whatever the file calls itself.
 
-The content decides, not the extension. JPEG goes through simplejpeg, everything else and any JPEG that it
-refuses through Pillow; both use libjpeg-turbo with its accurate transform and agree bit for bit.
+The content decides, not the extension. The header is read first, so that of a JPEG no more need be decoded
+than a view asks for (``jpeg``); everything else, and any JPEG that its decoders refuse, is read whole by
+Pillow.
 
 Policies, each where networks and files would otherwise disagree in silence:
 
@@ -12,19 +13,22 @@ Policies, each where networks and files would otherwise disagree in silence:
 - The EXIF orientation is ignored or applied as the recipe says (``view.exif``). In TIFF it is part of the
   format, and always applied.
 - More pixels than ``MAX_PIXELS`` are refused before anything is decoded.
+- A JPEG that is cut short is refused; damage inside it that still decodes is not seen.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from io import BytesIO
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
-import simplejpeg
 from PIL import Image, ImageOps
 
+from fd_scale.data import jpeg
 from fd_scale.data.faults import SampleError
+from fd_scale.data.jpeg import Decoder
 
 MAX_PIXELS = 89_478_485
 """Largest image, a quarter GiB of RGB: the size from which Pillow suspects a decompression bomb."""
@@ -34,6 +38,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG200
 """What Pillow may try: no format whose reader would start another program (EPS) or fetch anything."""
 
 Exif = Literal["ignore", "apply"]
+T = TypeVar("T")
 
 
 class DecodeError(SampleError):
@@ -42,32 +47,87 @@ class DecodeError(SampleError):
     stage = "decode"
 
 
-def decode(image: bytes, *, exif: Exif = "ignore") -> np.ndarray:
-    """The image as a contiguous uint8 array (height, width, 3), RGB; raises ``DecodeError``."""
+class Picture:
+    """An image whose size is known and of which any part can be had; see ``read``."""
+
+    def __init__(
+        self, pixels: np.ndarray | None, image: bytes, decoder: Decoder, height: int, width: int
+    ) -> None:
+        self.height, self.width = height, width
+        self._pixels, self._image, self._decoder = pixels, image, decoder
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether ``shrunk`` is to be had: for JPEGs that need not be turned or converted."""
+        return self._pixels is None
+
+    def whole(self) -> np.ndarray:
+        """uint8 (height, width, 3), contiguous RGB; raises ``DecodeError``, as all that follows."""
+        if self._pixels is None:
+            self._pixels = self._guarded(lambda: jpeg.whole(self._image, self._decoder))
+        return self._pixels
+
+    def region(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """The box of these pixels, uint8 (height, width, 3); may share memory with the whole."""
+        if self._pixels is not None:
+            return self._pixels[top : top + height, left : left + width]
+        return self._guarded(lambda: jpeg.region(self._image, top, left, height, width, self._decoder))
+
+    def shrunk(self, divisor: Literal[2, 4, 8]) -> np.ndarray:
+        """The whole at 1 / divisor of its size, rounded up."""
+        return self._guarded(lambda: jpeg.shrunk(self._image, divisor, self._decoder))
+
+    def _guarded(self, make: Callable[[], T]) -> T:
+        return _guarded(self._image, make)
+
+
+def read(image: bytes, *, exif: Exif = "ignore", decoder: Decoder = "simplejpeg") -> Picture:
+    """Look into the bytes of an image; raises ``DecodeError``. ``decoder`` is what ``jpeg.resolve`` gave."""
     if not image:
         raise DecodeError("the file is empty")
+    return _guarded(image, lambda: _read(image, exif, decoder))
+
+
+def decode(image: bytes, *, exif: Exif = "ignore", decoder: Decoder = "simplejpeg") -> np.ndarray:
+    """The image as a contiguous uint8 array (height, width, 3), RGB; raises ``DecodeError``."""
+    return read(image, exif=exif, decoder=decoder).whole()
+
+
+def of_pixels(pixels_HWC: np.ndarray) -> Picture:
+    """A picture from its pixels, uint8 (height, width, 3)."""
+    return Picture(pixels_HWC, b"", "simplejpeg", *pixels_HWC.shape[:2])
+
+
+def _guarded(image: bytes, make: Callable[[], T]) -> T:
     try:
-        if image.startswith(_JPEG) and (pixels := _fast_jpeg(image)) is not None:
-            return _oriented(pixels, image) if exif == "apply" else pixels
-        return _by_pillow(image, exif)
+        return make()
     except (DecodeError, MemoryError):
         raise
     except (
         Exception
-    ) as error:  # a parser given hostile bytes may raise anything, and one image must not end a run
+    ) as error:  # a parser given hostile bytes may raise anything; one image must not end a run
         raise DecodeError(
             f"{_kind(image)} of {len(image):,} bytes: {error or type(error).__name__}"
         ) from None
 
 
-def _fast_jpeg(image: bytes) -> np.ndarray | None:
-    """The pixels of an ordinary JPEG; ``None`` leaves it to Pillow, which knows more kinds."""
+def _read(image: bytes, exif: Exif, decoder: Decoder) -> Picture:
+    if image.startswith(_JPEG) and (found := _plain_jpeg(image)):
+        turn = _turn(image) if exif == "apply" else None
+        if turn is None:
+            return Picture(None, image, decoder, found.height, found.width)
+        return of_pixels(_turned(jpeg.whole(image, decoder), *turn))
+    return of_pixels(_by_pillow(image, exif))
+
+
+def _plain_jpeg(image: bytes) -> jpeg.Header | None:
+    """The header of an ordinary JPEG; ``None`` leaves it to Pillow, which knows more kinds."""
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(image)
-        _check_size(height, width)
-        return None if space in ("CMYK", "YCCK") else simplejpeg.decode_jpeg(image, "RGB")
+        found = jpeg.header(image)
     except ValueError:
         return None
+    _check_size(found.height, found.width)
+    return None if found.space in ("CMYK", "YCCK") else found
 
 
 def _by_pillow(image: bytes, exif: Exif) -> np.ndarray:
@@ -117,9 +177,12 @@ _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False)
 """EXIF orientation: quarter turns counter-clockwise, then whether to mirror left to right."""
 
 
-def _oriented(pixels: np.ndarray, image: bytes) -> np.ndarray:
+def _turn(image: bytes) -> tuple[int, bool] | None:
     with _open(image) as opened:
-        turns, mirror = _TURNS.get(opened.getexif().get(0x0112, 1), (0, False))
+        return _TURNS.get(opened.getexif().get(0x0112, 1))
+
+
+def _turned(pixels: np.ndarray, turns: int, mirror: bool) -> np.ndarray:
     turned = np.rot90(pixels, turns)
     return np.ascontiguousarray(turned[:, ::-1] if mirror else turned)
 

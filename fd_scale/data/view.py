@@ -1,7 +1,9 @@
 """Which part of an image do the networks see, and at which sizes?
 
 One crop and flip per sample, shared by all networks, drawn from the sample's own key; each distinct input
-size is resampled from that same crop. Pixels stay uint8: every network normalises at its own door.
+size is resampled from that same crop, and asking for other sizes changes no crop. No more of the image is
+decoded than the crop needs. Pixels stay uint8: every network normalises at its own door. Colours are changed
+later, on the device (``color``).
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as geometry
 
 from fd_scale.data import philox
+from fd_scale.data.decode import Picture
 from fd_scale.run import recipe
 
 TRIES = 10
 """Attempts to fit a crop before the central one is taken (torchvision's RandomResizedCrop)."""
 
+MARGIN = 2
+"""A photograph is decoded at a part of its size only if the crop keeps this many pixels per pixel of a view:
+the difference is then 50 dB below the picture."""
+
 Interpolation = Literal["bicubic", "bilinear"]
+_DIVISORS: tuple[Literal[8, 4, 2], ...] = (8, 4, 2)
 
 
 class Box(NamedTuple):
@@ -56,21 +64,24 @@ def draw(view: recipe.View, key: bytes | np.ndarray, height: int, width: int) ->
 
 
 def apply(
-    image_HWC: np.ndarray, box: Box, sizes: Sequence[int], interpolation: Interpolation
+    picture: Picture, box: Box, sizes: Sequence[int], interpolation: Interpolation, *, shrink: bool = False
 ) -> dict[int, Tensor]:
-    """Every size (pixels) with its uint8 (3, size, size) view of the crop; antialiased on uint8."""
-    crop = image_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
-    planes = _planes(crop)
+    """Every size (pixels) with its uint8 (3, size, size) view of the crop; antialiased on uint8.
+
+    ``shrink`` lets a large photograph be decoded at a part of its size, the box moved by less than a pixel of
+    the view, where that leaves at least ``MARGIN`` times the largest size. Channels are last in memory.
+    """
+    planes = _planes(_crop(picture, box, max(sizes), shrink))
     views = {size: _resize(planes, [size, size], interpolation) for size in sizes}
     return {size: view.flip(-1) if box.flip else view for size, view in views.items()}
 
 
 def training_view(
-    image_HWC: np.ndarray, key: np.ndarray, *, view: recipe.View, sizes: Sequence[int]
+    picture: Picture, key: np.ndarray, sizes: Sequence[int], *, view: recipe.View
 ) -> dict[int, Tensor]:
     """Draw and apply: the views of one training sample."""
-    box = draw(view, key, *image_HWC.shape[:2])
-    return apply(image_HWC, box, sizes, view.interpolation)
+    box = draw(view, key, picture.height, picture.width)
+    return apply(picture, box, sizes, view.interpolation, shrink=view.shrink)
 
 
 def centre_view(image_HWC: np.ndarray, *, size: int, crop_pct: float) -> Tensor:
@@ -80,6 +91,17 @@ def centre_view(image_HWC: np.ndarray, *, size: int, crop_pct: float) -> Tensor:
     """
     short = math.floor(size / crop_pct)
     return geometry.center_crop(_resize(_planes(image_HWC), [short], "bicubic"), [size, size])
+
+
+def _crop(picture: Picture, box: Box, largest: int, shrink: bool) -> np.ndarray:
+    """The pixels of a box, or fewer where that is enough."""
+    if shrink and picture.can_shrink:
+        for divisor in _DIVISORS:
+            if min(box.height, box.width) >= MARGIN * largest * divisor:
+                # Rounded to whole pixels of the small image, or the crop would sit beside its place.
+                top, left, height, width = (round(side / divisor) for side in box[:4])
+                return picture.shrunk(divisor)[top : top + height, left : left + width]
+    return picture.region(*box[:4])
 
 
 def _planes(image_HWC: np.ndarray) -> Tensor:

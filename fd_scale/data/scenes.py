@@ -25,8 +25,8 @@ from PIL import Image
 from rich.progress import Progress
 
 from fd_scale.data import philox
-from fd_scale.data.index import Shard
-from fd_scale.data.pack import MAX_COUNT, Sample, write_shards
+from fd_scale.data.manifest import Shard
+from fd_scale.data.writer import MAX_COUNT, Sample, write_shards
 
 Array = NDArray[np.floating[Any]]
 

@@ -9,9 +9,10 @@ import pytest
 import webdataset
 from rich.progress import Progress
 
-from fd_scale.data import pack as packing
+from fd_scale.data import sources
 from fd_scale.data.index import ShardSet
-from fd_scale.data.pack import pack, write_shards
+from fd_scale.data.pack import pack
+from fd_scale.data.writer import write_shards
 from fd_scale.errors import ShardError
 from tests.data.pictures import image_folder
 
@@ -127,7 +128,7 @@ def test_keys_are_plain_unique_and_short(tmp_path):
     pack(source, tmp_path / "out")
     packed = samples(tmp_path / "out")
     assert {image for image, _ in packed.values()} == {b"%d" % n for n in range(len(names))}
-    assert all(len(key) <= packing.KEY_LENGTH for key in packed)
+    assert all(len(key) <= sources.KEY_LENGTH for key in packed)
     assert all(
         key.replace("_", "").replace("-", "").isalnum() and key.isascii() for key in packed if key.strip("_")
     )
@@ -192,14 +193,15 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
 
 def test_a_pack_that_broke_off_is_no_set_and_starts_again(tmp_path):
     source = image_folder(tmp_path / "in", 9)
-    (source / "zz.jpg").symlink_to(tmp_path / "absent")
-    with pytest.raises(ShardError, match=r"zz\.jpg cannot be read: No such file"):
-        pack(source, tmp_path / "out", max_count=1)
+    listed = sources.image_folder(source)
+    (source / "picture 003.JPEG").rename(tmp_path / "away")
+    with pytest.raises(ShardError, match=r"picture 003\.JPEG cannot be read: No such file"):
+        pack(listed, tmp_path / "out", max_count=1)
     with pytest.raises(ShardError, match=r"has no index\.json"):
         ShardSet.open(tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.partial"))
     (tmp_path / "out" / "shard-000077.tar.partial").write_bytes(b"killed here")
-    (source / "zz.jpg").unlink()
+    (tmp_path / "away").rename(source / "picture 003.JPEG")
     pack(source, tmp_path / "out", max_count=4)
     pack(source, tmp_path / "fresh", max_count=4)
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")

@@ -11,22 +11,22 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from fd_scale.data.index import ShardSet
+from fd_scale.data import color
 from fd_scale.data.loader import TrainLoader
 from fd_scale.data.plan import Plan
 from fd_scale.data.reader import Batch
+from fd_scale.data.sets import open_together, plan_of
 from fd_scale.engine import checkpoint, saving
 from fd_scale.engine.zero import Engine, StepOutcome
-from fd_scale.errors import RecipeError, RunError, UserError
+from fd_scale.errors import RunError, UserError
 from fd_scale.export import export
 from fd_scale.objective.losses import Objective
 from fd_scale.run import scale
@@ -76,7 +76,7 @@ class Run:
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe, self.world = recipe, world
         self.resolved = scale.resolve(scale.load(recipe.scale), recipe, world.size)
-        self.shards = world.together(lambda: open_shards(recipe))
+        self.shards = open_together(recipe, world)
         self.plan = plan_of(recipe, self.shards)
         self.folder = world.on_main(lambda: RunFolder.open(recipe.run.root, recipe))
         dtype = torch.bfloat16 if self.resolved.bf16 else torch.float32
@@ -152,18 +152,26 @@ class Run:
             received = stop.poll()
             if received:
                 break
+        loader.settle(self.world.gather)
         return stop.close() or received
 
     def losses(self, batch: Batch) -> Tensor:
         """The method: one crop for all, the teachers' maps as they are, the student's prediction, their
         distance."""
-        pixels = {
-            size: tensor.to(self.world.device, non_blocking=True) for size, tensor in batch.pixels.items()
-        }
+        pixels = self.pixels(batch)
         valid = batch.valid.to(self.world.device, non_blocking=True)
         taught = [guest(pixels) for guest in self.guests]
         predicted = self.engine(pixels[self.student_size])
         return self.objective(predicted, taught, valid)
+
+    def pixels(self, batch: Batch) -> dict[int, Tensor]:
+        """The views on this rank's device, in the colours that were drawn for them."""
+        device = self.world.device
+        views = {size: tensor.to(device, non_blocking=True) for size, tensor in batch.pixels.items()}
+        if batch.colors is None:
+            return views
+        colors = batch.colors.to(device, non_blocking=True)
+        return {size: color.apply(view, colors) for size, view in views.items()}
 
     def after_step(
         self,
@@ -181,11 +189,11 @@ class Run:
         if self.engine.skipped_in_a_row >= habits.max_nonfinite_steps:
             raise RunError(self.explain_nonfinite(step - 1))
         if step % habits.log_every_steps == 0 or step == self.recipe.steps:
-            bad = float(sum(self.world.gather(loader.bad)))
-            metrics = meter.read(self.world) | {"bad_samples": bad}
-            reporter.log(step, metrics)
+            bad = loader.settle(self.world.gather).bad
+            reporter.log(step, meter.read(self.world) | {"bad_samples": float(bad)})
             self.world.together(saver.check)
         if step % habits.save_every_steps == 0 and step < self.recipe.steps:
+            loader.settle(self.world.gather)
             with meter.stalled():
                 saver.save(self.engine, self.facts)
 
@@ -204,7 +212,9 @@ class Run:
             start_step=start_step,
             stop_step=self.recipe.steps if stop_step is None else stop_step,
             workers=self.recipe.run.workers,
+            decoder=self.recipe.run.decoder,
             max_bad_fraction=self.recipe.data.max_bad_fraction,
+            max_bad_shards=self.recipe.data.max_bad_shards,
             quarantine_path=self.folder.quarantine,
             pin_memory=self.world.device.type == "cuda",
         )
@@ -218,11 +228,18 @@ class Run:
             return None
         if differences := difference(found.facts["teacher"], self.teachers[0].fingerprint):
             raise RunError(f"{found.path} was made with another teacher: {'; '.join(differences)}")
-        self.plan.check_state(found.facts["data"])
+        self.plan = self.resumed_plan(found.facts["data"])
         checkpoint.load(found, self.engine)
         self.world.on_main(lambda: checkpoint.set_aside(folder, after=found.step))
         log.info("going on from step %d of %d in %s", found.step, self.recipe.steps, self.folder.path)
         return found.step
+
+    def resumed_plan(self, state: Mapping[str, Any]) -> Plan:
+        """The plan to go on with; a data set that has changed is taken up only if the recipe says so."""
+        plan = self.plan.resumed(state, on_change=self.recipe.data.on_change)
+        if changed := self.plan.differences(state):
+            log.warning("the data set has changed (%s): taken from its next epoch on", ", ".join(changed))
+        return plan
 
     def saver(self, resumed_at: int | None) -> saving.Saver:
         """What saves the checkpoints, and lets go of old ones once a new one stands."""
@@ -276,7 +293,7 @@ class Run:
         Collective."""
         culprits: dict[str, list[str]] = {}
         for batch in self.loader(step, step + 1):
-            pixels = {size: tensor.to(self.world.device) for size, tensor in batch.pixels.items()}
+            pixels = self.pixels(batch)
             maps = {
                 f"teacher {t.name}": guest(pixels)
                 for t, guest in zip(self.teachers, self.guests, strict=True)
@@ -362,23 +379,6 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
-
-
-def open_shards(recipe: Recipe) -> ShardSet:
-    """The recipe's shards; raises ``RecipeError`` when it names none."""
-    if recipe.data.shards is None:
-        raise RecipeError(
-            "data.shards is not set: give the folder of shards with --set data.shards=FOLDER "
-            "(make one with `fd-scale shards pack IMAGES FOLDER`)"
-        )
-    return ShardSet.open(Path(recipe.data.shards))
-
-
-def plan_of(recipe: Recipe, shards: ShardSet) -> Plan:
-    """The order of the run's samples."""
-    return Plan(
-        shards.counts, seed=recipe.seed, global_batch=recipe.global_batch, fingerprint=shards.fingerprint
-    )
 
 
 def load_teachers(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[Teacher]:

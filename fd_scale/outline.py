@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from fd_scale.data.index import ShardSet
+from fd_scale.data.sets import open_shards, plan_of
 from fd_scale.engine.optim import parameter_groups
 from fd_scale.run import scale
 from fd_scale.run.recipe import Recipe
@@ -33,7 +34,8 @@ def outline(recipe: Recipe) -> Table:
     """
     size = place().size
     resolved = scale.resolve(scale.load(recipe.scale), recipe, size)
-    shards = None if recipe.data.shards is None else ShardSet.open(Path(recipe.data.shards))
+    named = recipe.data.shards is not None or recipe.data.sources
+    shards = open_shards(recipe) if named else None
     teacher, student = _networks(recipe)
     table = Table(title=f"{recipe.run_name} (dry run)", show_header=False, title_justify="left", box=None)
     table.add_column(style="bold", no_wrap=True)
@@ -98,13 +100,25 @@ def _data_rows(
     images = recipe.schedule.images
     if shards is None:
         yield "data", "data.shards is not set"
+        yield "to see", f"{images:,} images"
     else:
-        yield "data", f"{recipe.data.shards}: {shards.num_samples:,} images in {len(shards.counts):,} shards"
-    epochs = "" if shards is None else f", {images / shards.num_samples:,.1f} epochs of the data"
-    yield "to see", f"{images:,} images{epochs}"
+        yield from _plan_rows(recipe, shards)
     yield "steps", f"{recipe.steps:,}, the first {recipe.warmup_steps:,} of them warm-up"
     shares = f"{size} processes x {resolved.micro_batch} images x {resolved.accumulation} accumulated"
     yield "global batch", f"{recipe.global_batch:,} = {shares}"
+
+
+def _plan_rows(recipe: Recipe, shards: ShardSet) -> Iterator[tuple[str, str]]:
+    plan = plan_of(recipe, shards)
+    for folder, streams in zip(shards.folders, plan.streams_per_source, strict=True):
+        count = int(folder.counts.sum())
+        share = "" if len(plan.mix) == 1 else f", {streams / plan.streams:.1%} of every batch"
+        seen = recipe.steps * plan.per_step * streams / count
+        holds = f"{count:,} images in {len(folder.urls):,} shards"
+        yield "data", f"{folder.folder}: {holds}{share}, seen {seen:,.1f} times"
+    yield "to see", f"{recipe.schedule.images:,} images"
+    yield "order", f"{plan.streams:,} streams, shuffled in blocks of {plan.block:,}"
+    yield "processes", f"numbers that can share it: {', '.join(map(str, plan.allowed_world_sizes()))}"
 
 
 def _optimizer_rows(recipe: Recipe, student: Student) -> Iterator[tuple[str, str]]:

@@ -1,11 +1,14 @@
 """How do batches reach the training process, in order and in time?
 
-Worker processes read ahead; a worker makes whole micro-batches, and they arrive in the order of the plan, so
-their number changes nothing but speed. Bad samples are booked here, in the process that consumes them.
+Worker processes read ahead; a worker makes whole micro-batches, or where shards are streamed the same piece
+of every one, and they arrive in the order of the plan, so their number changes nothing but speed. Bad samples
+are booked here, in the process that consumes them, and a worker that dies or hangs is reported with the
+sample it was at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -14,34 +17,46 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fd_scale.data.decode import Exif
-from fd_scale.data.faults import Fault, Ledger
+from fd_scale.data import color, jpeg
+from fd_scale.data.decode import Picture
+from fd_scale.data.faults import Budget, Fault, Ledger, Totals
 from fd_scale.data.index import ShardSet
-from fd_scale.data.plan import Plan, Samples
-from fd_scale.data.reader import Batch, Views, read_batch
+from fd_scale.data.jpeg import Decoder
+from fd_scale.data.plan import Need, Plan, Samples
+from fd_scale.data.reader import Batch, Sizes, Wanted, joined, read_batch
+from fd_scale.data.ring import Span
+from fd_scale.data.sets import refuse_want_of_room
 from fd_scale.data.view import centre_view, training_view
-from fd_scale.errors import ScaleError, UserError
+from fd_scale.data.watch import Watch
+from fd_scale.errors import RecipeError, ScaleError, ShardError, UserError
 from fd_scale.run import recipe
 
 PREFETCH = 2
 """Micro-batches that each worker makes ahead."""
+WORKER_TIMEOUT_S = 900
+"""Longest wait for a worker's batch; a remote shard out of reach takes a few minutes to be given up."""
+_NOTHING = Need((), ())
 
 
 class TrainLoader:
     """The micro-batches of one rank, from ``start_step`` on, in the order of the plan.
 
     Iterating gives ``accumulation`` batches of ``micro_batch`` samples per step, without end or up to
-    ``stop_step`` (not included). ``workers=0`` reads in this process. ``seen`` and ``bad`` count samples as
-    they are consumed.
+    ``stop_step`` (not included), with a view of each of ``sizes`` (pixels; or a function of the step, for a
+    schedule of sizes that changes no crop). ``workers=0`` reads in this process. ``seen`` and ``bad`` count
+    samples as they are consumed.
 
-    Raises ``ScaleError`` when the numbers do not make up the plan's global batch; while iterating,
-    ``ShardError`` once more samples are bad than ``max_bad_fraction`` bears (see ``faults.Ledger``).
+    Raises ``ScaleError`` when the numbers do not make up the plan's global batch, and ``RecipeError`` for a
+    decoder that is not installed or want of room for remote shards; while iterating, ``ShardError`` once more
+    is bad than ``max_bad_fraction`` and ``max_bad_shards`` bear (see ``faults.Ledger``), and for a worker
+    that died or was silent for ``timeout_s``.
     """
 
     def __init__(
@@ -49,7 +64,7 @@ class TrainLoader:
         shards: ShardSet,
         plan: Plan,
         view: recipe.View,
-        sizes: Sequence[int],
+        sizes: Sequence[int] | Sizes,
         *,
         rank: int,
         world_size: int,
@@ -58,10 +73,13 @@ class TrainLoader:
         start_step: int = 0,
         stop_step: int | None = None,
         workers: int = 0,
+        decoder: Decoder = "auto",
         max_bad_fraction: float = 1e-3,
+        max_bad_shards: int = 0,
         quarantine_path: Path | None = None,
         labels: bool = False,
         pin_memory: bool = False,
+        timeout_s: float = WORKER_TIMEOUT_S,
     ) -> None:
         plan.samples(start_step, rank, world_size)  # names the world sizes that work
         if micro_batch * accumulation * world_size != plan.global_batch:
@@ -69,30 +87,50 @@ class TrainLoader:
                 f"micro-batch {micro_batch} x accumulation {accumulation} x {world_size} processes is "
                 f"{micro_batch * accumulation * world_size}, not the global batch of {plan.global_batch}"
             )
+        refuse_want_of_room(shards, plan, world_size)
         self._plan, self._rank, self._world_size, self._accumulation = plan, rank, world_size, accumulation
         self._start_step, self._stop_step = start_step, stop_step
-        self._workers, self._pin_memory = workers, pin_memory
-        sizes = tuple(sorted(set(sizes)))
-        views = functools.partial(training_view, view=view, sizes=sizes)
-        self._dataset = _Batches(shards, views, sizes, labels, view.exif)
-        self._ledger = Ledger(quarantine_path, max_bad_fraction=max_bad_fraction, rank=rank)
+        self.decoder = _resolved(decoder)
+        wanted = Wanted(
+            views=functools.partial(training_view, view=view),
+            sizes=sizes if callable(sizes) else functools.partial(_always, tuple(sorted(set(sizes)))),
+            exif=view.exif,
+            decoder=self.decoder,
+            labels=labels,
+            colors=functools.partial(color.draw, view.color) if view.color.is_on else None,
+        )
+        self._ledger = Ledger(
+            quarantine_path,
+            Budget(max_bad_fraction, max_bad_shards),
+            rank=rank,
+            world_size=world_size,
+            verify_command=shards.verify_command,
+        )
+        self._workers = _Workers(shards, wanted, self._ledger, workers, pin_memory, timeout_s)
 
     @property
     def seen(self) -> int:
         """Samples consumed by this loader."""
-        return self._ledger.seen
+        return self._ledger.totals.seen
 
     @property
     def bad(self) -> int:
         """Samples among them that could not be used."""
-        return self._ledger.bad
+        return self._ledger.totals.bad
+
+    def settle(self, gather: Callable[[Any], list[Any]]) -> Totals:
+        """The totals of all ranks, judged and written down; collective, see ``Ledger.settle``."""
+        return self._ledger.settle(gather)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _produce(
-            self._dataset, _Requests(self._requests), self._ledger, self._workers, self._pin_memory
-        )
+        return self._workers.batches(_Requests(self._requests), self._pieces)
 
-    def _requests(self) -> Iterator[Samples]:
+    @property
+    def _pieces(self) -> int:
+        """Requests per micro-batch: without random access, each worker reads streams of its own."""
+        return max(1, self._workers.number) if self._workers.shards.needs_telling else 1
+
+    def _requests(self) -> Iterator[_Request]:
         steps = (
             itertools.count(self._start_step)
             if self._stop_step is None
@@ -100,7 +138,11 @@ class TrainLoader:
         )
         for step in steps:
             for which in range(self._accumulation):
-                yield self._plan.samples(step, self._rank, self._world_size, (which, self._accumulation))
+                part = (step, self._rank, self._world_size, (which, self._accumulation))
+                if self._workers.shards.needs_telling:
+                    yield from (_Request(*chunk) for chunk in self._plan.chunks(*part, self._pieces))
+                else:
+                    yield _Request(self._plan.samples(*part), _NOTHING)
 
 
 def evaluation_batches(
@@ -113,7 +155,9 @@ def evaluation_batches(
     world_size: int = 1,
     labels: bool = True,
     workers: int = 0,
+    decoder: Decoder = "auto",
     max_bad_fraction: float = 1e-3,
+    timeout_s: float = WORKER_TIMEOUT_S,
 ) -> Iterator[Batch]:
     """Every sample exactly once, in the order of the shards, seen through ``view.centre_view``.
 
@@ -123,34 +167,61 @@ def evaluation_batches(
     are none.
     """
     first, last = (shards.num_samples * part // world_size for part in (rank, rank + 1))
-    views = functools.partial(_one_size, size=size, crop_pct=crop_pct)
-    dataset = _Batches(shards, views, (size,), labels, "ignore")
-    requests = _Requests(functools.partial(_in_order, shards.counts, first, last, batch))
-    return _produce(
-        dataset, requests, Ledger(None, max_bad_fraction=max_bad_fraction, rank=rank), workers, False
+    wanted = Wanted(
+        views=functools.partial(_centre, crop_pct=crop_pct),
+        sizes=functools.partial(_always, (size,)),
+        exif="ignore",
+        decoder=_resolved(decoder),
+        labels=labels,
     )
+    ledger = Ledger(None, Budget(max_bad_fraction), rank=rank, verify_command=shards.verify_command)
+    requests = _Requests(functools.partial(_in_order, shards.counts, first, last, batch))
+    return _Workers(shards, wanted, ledger, workers, False, timeout_s).batches(requests)
 
 
-def _one_size(image_HWC: np.ndarray, _: np.ndarray, *, size: int, crop_pct: float) -> dict[int, Tensor]:
-    return {size: centre_view(image_HWC, size=size, crop_pct=crop_pct)}
+def _resolved(decoder: Decoder) -> Decoder:
+    try:
+        return jpeg.resolve(decoder)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
-def _in_order(counts: np.ndarray, first: int, last: int, batch: int) -> Iterator[Samples]:
+def _always(sizes: tuple[int, ...], _: int) -> tuple[int, ...]:
+    return sizes
+
+
+def _centre(picture: Picture, _: np.ndarray, sizes: Sequence[int], *, crop_pct: float) -> dict[int, Tensor]:
+    return {size: centre_view(picture.whole(), size=size, crop_pct=crop_pct) for size in sizes}
+
+
+def _in_order(counts: np.ndarray, first: int, last: int, batch: int) -> Iterator[_Request]:
     ends = np.cumsum(counts)
     for number, begin in enumerate(range(first, last, batch)):
         place = np.arange(begin, min(begin + batch, last), dtype=np.int64)
         shard = np.searchsorted(ends, place, side="right")
         index = place - (ends - counts)[shard]
-        yield Samples(0, number, shard, index, np.zeros((len(place), 2), dtype=np.uint64))
+        keys = np.zeros((len(place), 2), dtype=np.uint64)
+        samples = Samples(number, np.zeros_like(place), shard, index, keys)
+        places = [(int(n), index[shard == n]) for n in np.unique(shard)]
+        spans = tuple(Span(n, int(within[0]), int(within[-1]) + 1) for n, within in places)
+        yield _Request(samples, Need(spans, ()))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Samples to make, and what a reader without random access is told about them."""
+
+    samples: Samples
+    need: Need
 
 
 @dataclass(frozen=True)
 class _Requests:
-    """What the DataLoader takes for a sampler: each element asks for one micro-batch."""
+    """What the DataLoader takes for a sampler: each element asks for one micro-batch, or a piece of one."""
 
-    make: Callable[[], Iterator[Samples]]
+    make: Callable[[], Iterator[_Request]]
 
-    def __iter__(self) -> Iterator[Samples]:
+    def __iter__(self) -> Iterator[_Request]:
         return self.make()
 
 
@@ -158,52 +229,116 @@ class _Requests:
 class _Made:
     """What a worker sends back; a user's error travels as a value, so its message arrives as written."""
 
-    batch: Batch | None
+    batch: Batch
     faults: Sequence[Fault]
     error: UserError | None = None
 
     def pin_memory(self) -> _Made:
-        return _Made(self.batch.pin_memory() if self.batch else None, self.faults, self.error)
+        return _Made(self.batch.pin_memory(), self.faults, self.error)
 
 
 @dataclass(frozen=True)
 class _Batches(Dataset):
-    """What the DataLoader takes for a data set: a request gives a micro-batch."""
+    """What the DataLoader takes for a data set: a request gives its batch."""
 
     shards: ShardSet
-    views: Views
-    sizes: tuple[int, ...]
-    labels: bool
-    exif: Exif
+    wanted: Wanted
+    watch: Watch
 
-    def __getitem__(self, samples: Samples) -> _Made:
+    def __getitem__(self, request: _Request) -> _Made:
         try:
-            return _Made(
-                *read_batch(self.shards, samples, self.views, self.sizes, labels=self.labels, exif=self.exif)
-            )
+            self.shards.hold(request.need)
+            return _Made(*read_batch(self.shards, request.samples, self.wanted, self.watch.note()))
         except UserError as error:
-            return _Made(None, (), error)
+            return _Made(Batch({}, torch.zeros(0, dtype=torch.bool), []), (), error)
 
 
-def _produce(
-    dataset: _Batches, requests: _Requests, ledger: Ledger, workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    loader: DataLoader = DataLoader(
-        dataset,
-        sampler=requests,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        pin_memory=pin_memory,
-        prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_on_worker_start if workers else None,
-        generator=torch.Generator(),  # its own: the training process's random numbers are not touched
-    )
-    for made in loader:
-        if made.error:
+@dataclass(frozen=True)
+class _Workers:
+    """The processes that make batches, and the books of what they could not use."""
+
+    shards: ShardSet
+    wanted: Wanted
+    ledger: Ledger
+    number: int
+    pin_memory: bool
+    timeout_s: float
+
+    def batches(self, requests: _Requests, pieces: int = 1) -> Iterator[Batch]:
+        """The batches asked for, in their order, each of so many requests."""
+        watch = Watch(self.number)
+        loader: DataLoader = DataLoader(
+            _Batches(self.shards, self.wanted, watch),
+            sampler=requests,
+            batch_size=None,
+            num_workers=self.number,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            pin_memory=self.pin_memory and pieces == 1,
+            prefetch_factor=PREFETCH if self.number else None,
+            worker_init_fn=_on_worker_start if self.number else None,
+            timeout=self.timeout_s if self.number else 0,
+            generator=torch.Generator(),  # its own: the training process's random numbers are not touched
+        )
+        with _quiet_child_signal():
+            arriving = iter(loader)
+        try:
+            while made := [one for one in (self._next(arriving, watch) for _ in range(pieces)) if one]:
+                batch = made[0].batch if pieces == 1 else self._joined([one.batch for one in made])
+                self.ledger.record(len(batch), [fault for one in made for fault in one.faults])
+                yield batch
+        finally:
+            self.ledger.flush()
+
+    def _next(self, arriving: Iterator[_Made], watch: Watch) -> _Made | None:
+        """What a worker made; ``None`` at the end."""
+        try:
+            made = next(arriving, None)
+        except RuntimeError as error:
+            self._stop(arriving, watch, error)
+            raise
+        if made and made.error:
             raise made.error
-        ledger.record(len(made.batch), made.faults)
-        yield made.batch
+        return made
+
+    def _joined(self, parts: Sequence[Batch]) -> Batch:
+        whole = joined(parts)
+        return whole.pin_memory() if self.pin_memory else whole
+
+    def _stop(self, arriving: Any, watch: Watch, error: RuntimeError) -> None:
+        """Raise the report of a dead or silent worker, if that is what the error is about."""
+        if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
+            return
+        for worker in arriving._workers:
+            worker.kill()  # one that hangs would not leave when asked
+            worker.join()
+        reason = str(error).partition("\n")[0]
+        raise ShardError(
+            f"{reason} (killed for want of memory? then lower run.workers). Samples that they were at:\n  "
+            f"{watch.report(self._name)}\n"
+            "one of these may be to blame: look into its shard with fd-scale shards verify --decode"
+        ) from None
+
+    def _name(self, shard: int, index: int) -> str:
+        try:
+            key = self.shards.key(shard, index)
+        except UserError:
+            key = f"number {index}"
+        return f"shard {self.shards.names[shard]}, key {key}"
+
+
+@contextlib.contextmanager
+def _quiet_child_signal() -> Iterator[None]:
+    """Leave the signal of a dead child as it is.
+
+    PyTorch would raise from it wherever the training process happens to be; without it a death is found where
+    the batch is waited for, and can be reported.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def _as_it_is(made: _Made) -> _Made:

@@ -3,8 +3,12 @@
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
+import re
 import signal
+import time
+from dataclasses import dataclass
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,15 +18,19 @@ import pytest
 import torch
 from PIL import Image
 
-from fd_scale.data.decode import decode
+from fd_scale.data import color, reader
+from fd_scale.data import jpeg as jpeg_decoders
+from fd_scale.data.decode import Picture, decode, of_pixels, read
 from fd_scale.data.index import ShardSet, build_index
 from fd_scale.data.loader import TrainLoader, evaluation_batches
-from fd_scale.data.pack import pack, write_shards
+from fd_scale.data.pack import pack
 from fd_scale.data.plan import Plan
 from fd_scale.data.reader import Batch
 from fd_scale.data.view import centre_view, training_view
-from fd_scale.errors import ScaleError, ShardError
+from fd_scale.data.writer import write_shards
+from fd_scale.errors import RecipeError, ScaleError, ShardError
 from fd_scale.run import recipe
+from fd_scale.run.sections import Color
 from tests.data.pictures import encoded, image_folder, jpeg, picture
 
 VIEW = recipe.View()
@@ -67,7 +75,7 @@ def global_batches(shards: ShardSet, world: int, accumulation: int = 1, **change
         parts = [batch for rank in ranks for batch in rank[step * accumulation : (step + 1) * accumulation]]
         whole = hashlib.sha256()
         for size in (16, 24):
-            whole.update(torch.cat([part.pixels[size] for part in parts]).numpy().tobytes())
+            whole.update(torch.cat([part.pixels[size] for part in parts]).contiguous().numpy().tobytes())
         whole.update(torch.cat([part.valid for part in parts]).numpy().tobytes())
         batches.append((whole.hexdigest(), tuple(itertools.chain(*(part.keys for part in parts)))))
     return batches
@@ -102,7 +110,7 @@ def test_batches_are_what_the_plan_and_the_view_say(shards):
         assert batch.valid.all()
         for row, (shard, index) in enumerate(zip(samples.shard, samples.index, strict=True)):
             sample = shards.read(shard, index)
-            expected = training_view(decode(sample.image), samples.key[row], view=VIEW, sizes=(16, 24))
+            expected = training_view(read(sample.image), samples.key[row], (16, 24), view=VIEW)
             assert batch.keys[row] == sample.key
             assert batch.labels[row] == sample.label == int(sample.key[len("class_")])
             for size in (16, 24):
@@ -134,7 +142,7 @@ def test_exif_follows_the_recipe(tmp_path):
         batch = next(iter(loader_of(turned, plan=plan, view=view, sizes=[8], micro_batch=1)))
         image = decode(turned.read(0, 0).image, exif=policy)
         assert torch.equal(
-            batch.pixels[8][0], training_view(image, plan.samples(0).key[0], view=view, sizes=[8])[8]
+            batch.pixels[8][0], training_view(of_pixels(image), plan.samples(0).key[0], [8], view=view)[8]
         )
 
 
@@ -259,6 +267,85 @@ def test_signals_to_workers_are_left_to_the_main_process(shards):
         assert process.exitcode == 0
     finally:
         process.kill()
+
+
+SLEEPER = b"\xff\xd8\xff sleeps"
+KILLER = b"\xff\xd8\xff kills"
+
+
+@dataclass(frozen=True)
+class Trap:
+    """Stands in for the reading of an image: two images are the end of the worker that meets them."""
+
+    def __call__(self, image: bytes, **options: object) -> Picture:
+        if image == SLEEPER:
+            time.sleep(600)
+        if image == KILLER:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(image, **options)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [(SLEEPER, "DataLoader timed out after 3"), (KILLER, r"DataLoader worker \(pid.*exited unexpectedly")],
+)
+def test_a_dead_or_silent_worker_is_reported_with_its_sample(tmp_path, monkeypatch, image, said):
+    shards = with_damage(tmp_path, {11: image})
+    monkeypatch.setattr(reader, "read", Trap())
+    loader = loader_of(shards, stop_step=3, workers=2, timeout_s=3)
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(ShardError) as caught:
+        list(loader)
+    assert re.match(said, str(caught.value))
+    _, *lines = str(caught.value).split("\n  ")
+    assert [line.partition(":")[0] for line in lines] == ["worker 0", "worker 1"]
+    assert any("shard shard-000001.tar, key s11" in line for line in lines)
+    assert "fd-scale shards verify --decode" in lines[-1]
+    assert signal.getsignal(signal.SIGCHLD) == before
+    assert not multiprocessing.active_children()
+
+
+def test_colours_are_drawn_for_every_sample_and_change_no_crop(shards, reference):
+    view = recipe.View(color=Color(jitter=1.0, grey=0.5))
+    plan = plan_of(shards)
+    assert global_batches(shards, 2, view=view) == reference
+    batches = list(loader_of(shards, plan=plan, view=view))
+    for step, batch in enumerate(batches):
+        expected = np.stack([color.draw(view.color, key) for key in plan.samples(step).key])
+        np.testing.assert_array_equal(batch.colors.numpy(), expected)
+    halves = [list(loader_of(shards, rank, 2, view=view, workers=1)) for rank in (0, 1)]
+    for step, batch in enumerate(batches):
+        assert torch.equal(batch.colors, torch.cat([half[step].colors for half in halves]))
+    assert next(iter(loader_of(shards))).colors is None
+
+
+def sizes_at(step: int) -> tuple[int, ...]:
+    return (16,) if step < 2 else (16, 40)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sizes_may_change_with_the_step_and_change_no_crop(shards, workers):
+    fixed = list(loader_of(shards, sizes=[16]))
+    scheduled = list(loader_of(shards, sizes=sizes_at, workers=workers))
+    assert [list(batch.pixels) for batch in scheduled] == [[16]] * 2 + [[16, 40]] * 3
+    for one, other in zip(fixed, scheduled, strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.pixels[16], other.pixels[16])
+
+
+@pytest.mark.parametrize("decoder", ["nvimgcodec", "simplejpeg", "pillow"])
+def test_every_decoder_gives_the_same_batches(shards, reference, decoder):
+    if decoder == "nvimgcodec" and jpeg_decoders.resolve("auto") != "nvimgcodec":
+        pytest.skip("needs nvImageCodec: pip install 'fd-scale[fastjpeg]'")
+    loader = loader_of(shards, decoder=decoder)
+    assert loader.decoder == decoder
+    assert global_batches(shards, 1, decoder=decoder) == reference
+
+
+def test_a_decoder_that_is_not_installed_is_refused(shards, monkeypatch):
+    monkeypatch.setattr(jpeg_decoders, "_has_nvimgcodec", lambda: False)
+    with pytest.raises(RecipeError, match=r"run\.decoder='nvimgcodec' is not installed"):
+        loader_of(shards, decoder="nvimgcodec")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ LAYERS = {
     "fd_scale.engine.saving": 4,
     "fd_scale.engine": 0,
     "fd_scale.plan": 4,
+    "fd_scale.shards": 4,
     "fd_scale.export": 5,
     "fd_scale.outline": 5,
     "fd_scale.distill": 6,

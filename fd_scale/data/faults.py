@@ -152,7 +152,7 @@ class Ledger:
         where = f"the last one: shard {last.shard}, key {last.key}, {last.stage}: {last.error}"
         what_next = (f"; all are listed in {self.path}" if self.path else "") + (
             f". Look into it with: {self._verify_command(last.shard)}\n"
-            "It leaves bad samples out of the data set; or repair the shard, or raise data."
+            "With --exclude it leaves bad samples out of the data set; or repair the shard, or raise data."
         )
         budget, excess = self.budget, len(totals.lost_shards) > self.budget.max_bad_shards
         if excess:

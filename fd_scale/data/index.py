@@ -1,4 +1,4 @@
-"""How is one sample of a folder of tar shards read, and how do existing tars become such a folder?
+"""How is one sample of a folder of tar shards read?
 
 The manifest says which shards there are, a table of offsets per shard where each sample lies. The tars may
 lie in the same folder, elsewhere on this machine, or behind URLs (``remote``). Only the image and the label
@@ -22,8 +22,8 @@ import numpy as np
 from fd_scale.data import manifest, offsets
 from fd_scale.data.cache import Cache
 from fd_scale.data.faults import LabelError, LostShardError
-from fd_scale.data.manifest import EXCLUDED, MANIFEST, Manifest, Shard, is_remote
-from fd_scale.data.offsets import Ignored, Table
+from fd_scale.data.manifest import EXCLUDED, MANIFEST, Manifest, is_remote
+from fd_scale.data.offsets import Table
 from fd_scale.data.plan import Need
 from fd_scale.data.remote import Patience, Remote
 from fd_scale.data.ring import Span
@@ -38,16 +38,6 @@ class RawSample(NamedTuple):
     shard: str
     image: bytes
     label: int | None
-
-
-@dataclass(frozen=True)
-class IndexReport:
-    """What was indexed, and every member that was left out."""
-
-    folder: Path
-    num_shards: int
-    num_samples: int
-    ignored: tuple[Ignored, ...]
 
 
 class _Descriptor:
@@ -238,7 +228,7 @@ class ShardSet:
             if table.key(index) != key:
                 raise ShardError(
                     f"{folder.folder / EXCLUDED} excludes sample {index} of {folder.urls[number]} as {key}, "
-                    f"but its key is {table.key(index)}: make it again with fd-scale shards verify"
+                    f"but its key is {table.key(index)}: make it again with fd-scale shards verify --exclude"
                 )
         return table
 
@@ -287,51 +277,6 @@ class ShardSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardSet, (self.folders, self.access)
-
-
-def find_tars(folder: Path) -> list[Path]:
-    """The tar files directly in a folder, by name; raises ``ShardError`` when there is none."""
-    tars = sorted(path for path in folder.glob("*.tar") if path.is_file())
-    if not tars:
-        raise ShardError(f"no .tar files in {folder}")
-    return tars
-
-
-def build_index(tars: Sequence[Path], folder: Path, *, classes: Sequence[str] | None = None) -> IndexReport:
-    """Index existing tar files, in this order, by their headers, and write the manifest into ``folder``.
-
-    Raises ``ShardError`` that lists every tar that is damaged, or when no sample has an image.
-    """
-    (folder / "offsets").mkdir(parents=True, exist_ok=True)
-    shards: list[Shard] = []
-    ignored: list[Ignored] = []
-    damaged: list[str] = []
-    for number, tar in enumerate(tars):
-        try:
-            table, left_out = offsets.scan(tar)
-        except ShardError as error:
-            damaged.append(str(error))
-            continue
-        ignored += left_out
-        shards.append(describe(table, tar, folder, number))
-        offsets.save(table, folder / shards[-1].offsets)
-    if damaged:
-        raise ShardError(manifest.listed("damaged shards; replace them, or leave them out:", damaged))
-    total = sum(shard.num_samples for shard in shards)
-    if not total:
-        raise ShardError(
-            f"no sample with an image in {len(tars)} tar files; extensions looked for: "
-            f"{', '.join(offsets.IMAGE_EXTENSIONS)}" + "".join(f"; {i.name}: {i.reason}" for i in ignored[:3])
-        )
-    manifest.write(folder, shards, classes)
-    return IndexReport(folder, len(shards), total, tuple(ignored))
-
-
-def describe(table: Table, tar: Path, folder: Path, number: int, sha256: str | None = None) -> Shard:
-    """The manifest line of shard ``number``; its table of offsets is to be saved under the name there."""
-    tar, folder = tar.resolve(), folder.resolve()
-    url = str(tar.relative_to(folder)) if tar.is_relative_to(folder) else str(tar)
-    return Shard(url, table.num_samples, table.file_size, f"offsets/{number:06d}", sha256)
 
 
 def _label_in(extension: str, content: bytes) -> int | None:

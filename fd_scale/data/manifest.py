@@ -147,7 +147,7 @@ def read(folder: str | Path) -> Manifest:
     if is_remote(str(folder)):
         raise ShardError(
             f"data.shards={str(folder)!r} is remote, but the index of a data set must be local: "
-            f"fd-scale shards index {folder} FOLDER makes one whose shards stay where they are"
+            "fd-scale shards index URLS... --out FOLDER makes one whose shards stay where they are"
         )
     folder = Path(folder)
     raw = _raw(folder)
@@ -307,7 +307,7 @@ def _without_excluded(found: Manifest) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(
             f"{path} does not fit {MANIFEST} ({type(error).__name__}: {error}): make it again with "
-            f"fd-scale shards verify {found.folder}, or delete it to take all samples"
+            f"fd-scale shards verify --exclude {found.folder}, or delete it to take all samples"
         ) from None
     if not excluded:
         return found

@@ -2,7 +2,7 @@
 
 Once, up front: the samples of a source are shuffled over the whole data set and written to tars, their bytes
 kept unless smaller pictures are asked for. The same source and seed give the same bytes, by any number of
-processes, in one go or in several. Existing tars need no packing: ``index.build_index`` serves them.
+processes, in one go or in several. Existing tars need no packing: ``indexing`` serves them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from rich.progress import Progress
 
-from fd_scale.data import decode, index, manifest, offsets, philox
+from fd_scale.data import decode, indexing, manifest, offsets, philox
 from fd_scale.data.offsets import IMAGE_EXTENSIONS
 from fd_scale.data.pool import bar, each
 from fd_scale.data.sources import Entry, Source, image_folder
@@ -192,7 +192,7 @@ def _finished(out: Path, tasks: Sequence[_Task]) -> Iterator[manifest.Shard]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except (ShardError, OSError):
             return
-        yield index.describe(table, tar, out, task.number, digest)
+        yield indexing.describe(table, tar, out, task.number, digest)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TypeVar
@@ -25,12 +25,13 @@ def processes(wanted: int | None) -> int:
     return wanted or len(os.sched_getaffinity(0))
 
 
-def each(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+def each(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
     """``work`` of every item, in their order, by so many processes; by this one where that is 1.
 
     Work and items must pickle. An error of the work is raised here, and nothing new is begun after it.
     """
-    if workers == 1:
+    workers = min(workers, len(items))
+    if workers <= 1:
         yield from map(work, items)
         return
     # Not by fork: a progress display has threads, and locks that a fork would take along.

@@ -218,8 +218,14 @@ def _labels_of(
     if missing:
         raise ShardError(f"{source}: {missing:,} of {len(given):,} rows have no label; give all of them one")
     texts = [str(label) for label in given]
-    if classes is None and all(re.fullmatch(r"-?\d+", text) for text in texts):
-        return None, [int(text) for text in texts]
+    if all(re.fullmatch(r"-?\d+", text) for text in texts) and not set(texts) & set(classes or ()):
+        numbers = [int(text) for text in texts]
+        if classes and not 0 <= min(numbers) <= max(numbers) < len(classes):
+            raise ShardError(
+                f"{source} has labels from {min(numbers)} to {max(numbers)}, the class map names "
+                f"{len(classes)}: 0 to {len(classes) - 1}"
+            )
+        return tuple(classes) if classes else None, numbers
     known = tuple(classes or sorted(set(texts)))
     return known, _labels(texts, known, source)
 

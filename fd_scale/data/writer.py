@@ -14,7 +14,7 @@ from typing import BinaryIO
 from rich.progress import Progress
 from webdataset import TarWriter
 
-from fd_scale.data import index, manifest, offsets
+from fd_scale.data import indexing, manifest, offsets
 from fd_scale.data.pool import bar
 from fd_scale.errors import ShardError
 
@@ -72,7 +72,7 @@ def write_shard(out: Path, number: int, samples: Iterable[Sample]) -> manifest.S
         partial.replace(tar)
     finally:
         partial.unlink(missing_ok=True)
-    line = index.describe(table, tar, out, number, hashing.sha256.hexdigest())
+    line = indexing.describe(table, tar, out, number, hashing.sha256.hexdigest())
     offsets.save(table, out / line.offsets)
     return line
 

@@ -70,7 +70,8 @@ def test_the_share_is_judged_over_all_samples_seen(tmp_path):
         "21 of 2,001 samples could not be used, more than data.max_bad_fraction=0.01 allows; the last one: "
         f"shard s.tar, key one too many, read: it is damaged; all are listed in {tmp_path}/q.jsonl. "
         "Look into it with: fd-scale shards verify s.tar\n"
-        "It leaves bad samples out of the data set; or repair the shard, or raise data.max_bad_fraction"
+        "With --exclude it leaves bad samples out of the data set; or repair the shard, or raise "
+        "data.max_bad_fraction"
     )
 
 

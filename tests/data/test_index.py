@@ -10,7 +10,8 @@ import pytest
 
 from fd_scale.data import index, manifest
 from fd_scale.data.faults import LabelError, LostShardError
-from fd_scale.data.index import ShardSet, build_index, find_tars
+from fd_scale.data.index import ShardSet
+from fd_scale.data.indexing import build_index, find_tars
 from fd_scale.errors import ShardError
 from tests.data.test_offsets import write_tar
 
@@ -235,28 +236,3 @@ def test_open_files_are_bounded(tmp_path, monkeypatch):
     for number in [*range(30), *range(30)]:
         assert shards.read(number, 0).image == b"%d" % number
     assert len(os.listdir("/proc/self/fd")) - before <= 20
-
-
-def test_damaged_tars_are_listed_together_and_leave_no_index(tmp_path):
-    make_set(tmp_path)
-    (tmp_path / "index.json").unlink()
-    for name in ("part-0.tar", "part-2.tar"):
-        os.truncate(tmp_path / name, 800)
-    with pytest.raises(ShardError, match=r"damaged shards(.|\n)*part-0\.tar(.|\n)*part-2\.tar"):
-        build_index(find_tars(tmp_path), tmp_path)
-    assert not (tmp_path / "index.json").exists()
-
-
-def test_indexing_reports_what_it_left_out(tmp_path):
-    write_tar(tmp_path / "x.tar", [("a.jpg", b"x"), ("b.txt", b"x")])
-    report = build_index(find_tars(tmp_path), tmp_path)
-    assert (report.num_shards, report.num_samples) == (1, 1)
-    assert [(i.name, i.reason) for i in report.ignored] == [("b", "no image member among: txt")]
-
-
-def test_nothing_to_index_is_said(tmp_path):
-    with pytest.raises(ShardError, match=r"no \.tar files in"):
-        find_tars(tmp_path)
-    write_tar(tmp_path / "x.tar", [("b.txt", b"x")])
-    with pytest.raises(ShardError, match=r"no sample with an image in 1 tar files.*jpg.*b: no image member"):
-        build_index(find_tars(tmp_path), tmp_path)

@@ -21,7 +21,8 @@ from PIL import Image
 from fd_scale.data import color, reader
 from fd_scale.data import jpeg as jpeg_decoders
 from fd_scale.data.decode import Picture, decode, of_pixels, read
-from fd_scale.data.index import ShardSet, build_index
+from fd_scale.data.index import ShardSet
+from fd_scale.data.indexing import build_index
 from fd_scale.data.loader import TrainLoader, evaluation_batches
 from fd_scale.data.pack import pack
 from fd_scale.data.plan import Plan
@@ -88,13 +89,13 @@ def reference(shards) -> list[Hashed]:
 
 @pytest.mark.parametrize(
     ("world", "workers", "accumulation"),
-    [(1, 2, 1), (1, 0, 4), (1, 2, 2), (2, 0, 1), (2, 2, 2), (4, 0, 1), (4, 2, 1), (8, 0, 1)],
+    [(1, 2, 1), (1, 0, 4), (1, 2, 2), (2, 1, 1), (2, 2, 1), (2, 2, 2), (4, 0, 1), (4, 2, 1), (8, 0, 1)],
 )
 def test_global_batches_are_pixel_identical(shards, reference, world, workers, accumulation):
     assert global_batches(shards, world, accumulation, workers=workers) == reference
 
 
-@pytest.mark.parametrize("start", [1, 3, 4])
+@pytest.mark.parametrize("start", [1, 2, 3, 4])
 def test_a_late_start_gives_the_same_batches(shards, reference, start):
     # Three steps are one epoch, so step 4 lies in the second.
     assert global_batches(shards, 2, start_step=start) == reference[start:]

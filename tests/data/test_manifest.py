@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fd_scale.data import manifest
-from fd_scale.data.index import ShardSet, build_index, find_tars
+from fd_scale.data.index import ShardSet
+from fd_scale.data.indexing import build_index, find_tars
 from fd_scale.data.manifest import Shard
 from fd_scale.errors import ShardError
 from tests.data.test_offsets import write_tar
@@ -128,7 +129,7 @@ def test_processes_may_share_the_look_at_the_files(tmp_path):
 
 
 def test_a_remote_folder_says_how_to_get_an_index():
-    with pytest.raises(ShardError, match="shards index s3://bucket/set FOLDER makes one"):
+    with pytest.raises(ShardError, match=r"shards index URLS\.\.\. --out FOLDER makes one"):
         ShardSet.open("s3://bucket/set")
 
 

@@ -1,0 +1,1 @@
+"""Tools that look at sets of shards: one question per module."""

@@ -40,8 +40,9 @@ from fd_scale.run import recipe
 
 PREFETCH = 2
 """Micro-batches that each worker makes ahead."""
-WORKER_TIMEOUT_S = 900
-"""Longest wait for a worker's batch; a remote shard out of reach takes a few minutes to be given up."""
+WORKER_TIMEOUT_S = 600
+"""Longest wait for a worker's batch: more than the few minutes after which a remote shard out of reach is
+given up, less than ``run.watchdog_s``, whose stacks would not name the sample."""
 _NOTHING = Need((), ())
 
 

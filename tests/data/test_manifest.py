@@ -2,18 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import data_start
 from fd_scale.data import manifest
 from fd_scale.data.index import ShardSet
 from fd_scale.data.indexing import build_index, find_tars
-from fd_scale.data.manifest import Shard
 from fd_scale.errors import ShardError
 from tests.data.test_offsets import write_tar
 
@@ -133,44 +130,8 @@ def test_a_remote_folder_says_how_to_get_an_index():
         ShardSet.open("s3://bucket/set")
 
 
-SIMULATION = """
-import json, sys, time
-from fd_scale.data.index import ShardSet
-from fd_scale.data.plan import Plan
-begin = time.perf_counter()
-shards = ShardSet.open(sys.argv[1])
-plan = Plan(shards.counts, seed=0, global_batch=4096, fingerprint=shards.fingerprint)
-plan.samples(0, 3, 128)
-start_s = time.perf_counter() - begin
-resumed = Plan(shards.counts, seed=0, global_batch=4096, fingerprint=shards.fingerprint)
-begin = time.perf_counter()
-resumed.samples(5 * resumed.steps_per_epoch - 7, 3, 128)
-resume_s = time.perf_counter() - begin
-peak_kib = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps({"start_s": start_s, "resume_s": resume_s, "peak_mib": peak_kib / 1024,
-                  "samples": plan.num_samples, "torch": "torch" in sys.modules}))
-"""
-
-
-def simulate(folder: Path, num_shards: int) -> dict[str, float]:
-    """Open and plan ``num_shards`` shards of 10,000 samples (sparse files) in a process of its own."""
-    (folder / "offsets").mkdir(parents=True)
-    shards = [
-        Shard(f"shard-{n:06d}.tar", 10_000, 10**9, f"offsets/{n:06d}", f"{n:064x}") for n in range(num_shards)
-    ]
-    for shard in shards:
-        with open(folder / shard.url, "wb") as file:
-            file.truncate(shard.file_size)
-        open(folder / shard.offsets, "wb").close()
-    manifest.write(folder, shards, None)
-    time.sleep(0.1)
-    command = [sys.executable, "-c", SIMULATION, str(folder)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    return json.loads(ran.stdout)
-
-
 def test_a_large_set_opens_fast_in_little_memory(tmp_path):
-    figures = simulate(tmp_path / "set", 20_000)
+    figures = data_start.rank(data_start.made_up(tmp_path / "set", 20_000))
     assert figures["samples"] == 200_000_000
     assert not figures["torch"]
     # Seen with 100,000 shards on one busy core: 0.5 s, 0.02 s, 120 MiB; the limits there are 1 s, 0.1 s, 200.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fd_scale.data.pool import each, processes
+from fd_scale.data.pool import bar, each, processes
 from fd_scale.errors import ShardError
 
 
@@ -44,3 +44,20 @@ def test_an_error_is_raised_here_and_little_is_begun_after_it(tmp_path):
 def test_as_many_processes_as_cores_unless_said():
     assert processes(None) == len(os.sched_getaffinity(0))
     assert processes(3) == 3
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("fd_scale.data.pool.time.monotonic", lambda: now[0])
+    with bar(None, "doing", 1500) as advance:
+        for _ in range(3):
+            advance(500)
+            now[0] += 20
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == ["doing: 1,500 of 1,500"]
+    with bar(None, "counting", None) as advance:
+        for _ in range(3):
+            now[0] += 20
+            advance(1)
+    assert capsys.readouterr().err.splitlines() == ["counting: 2"]

@@ -1,0 +1,54 @@
+"""The loading benchmark: every way gives every sample, and the documentation has the numbers of the results."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks import data, record
+from tests.data.pictures import jpeg
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """Twelve samples of five pictures, as a folder and as shards."""
+    monkeypatch.setattr(data, "BATCH", 4)
+    monkeypatch.setattr(data, "SIZE", 16)
+    return data._data_set([jpeg(n) for n in range(5)], data.Kind("small", 64, 48, 12), tmp_path)
+
+
+def test_every_way_gives_every_sample(small):
+    for ways in (data._ways(*small), data._readers(small[1])):
+        assert {name: way() for name, way in ways.items()} == dict.fromkeys(ways, 12)
+
+
+def test_the_cpu_time_of_workers_counts(small):
+    count, cpu_s, wall_s = data._apart(data._ways(*small)[data.BASELINE])
+    assert count == 12
+    assert cpu_s > 0
+    assert wall_s > 0
+
+
+def test_photographs_get_the_shape_of_their_kind():
+    for height, width in ((40, 60), (60, 40), (50, 50)):
+        image = Image.open(io.BytesIO(data._resized(jpeg(0, height, width), data.KINDS[0])))
+        assert image.size == (500, 375)
+
+
+def test_the_documentation_shows_the_results():
+    results = json.loads((record.RESULTS / "data.json").read_text())
+    text = (ROOT / "docs" / "data.md").read_text()
+    shown = text.split("<!-- table: begin -->\n")[1].split("\n<!-- table: end -->")[0]
+    assert shown == data.table(results)
+
+
+def test_the_results_reach_the_goals():
+    results = json.loads((record.RESULTS / "data.json").read_text())
+    missed = {name: pair for name, pair in data.goals(results).items() if pair[0] < pair[1]}
+    assert not missed

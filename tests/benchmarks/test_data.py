@@ -1,4 +1,4 @@
-"""The loading benchmark: every way gives every sample, and the documentation has the numbers of the results."""
+"""The loading benchmark: every way gives every sample, and the documentation shows what was measured."""
 
 from __future__ import annotations
 

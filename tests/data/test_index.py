@@ -76,7 +76,9 @@ def test_the_fingerprint_is_of_names_counts_sizes_and_order(tmp_path):
     assert len(seen) == 5
 
 
-def test_all_missing_and_changed_shards_are_listed_at_once(tmp_path):
+@pytest.mark.parametrize("many", [0, 2000])
+def test_all_missing_and_changed_shards_are_listed_at_once(tmp_path, monkeypatch, many):
+    monkeypatch.setattr(manifest, "_MANY", many)
     make_set(tmp_path)
     (tmp_path / "part-0.tar").unlink()
     with (tmp_path / "part-1.tar").open("ab") as file:

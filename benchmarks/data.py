@@ -357,8 +357,12 @@ def _share_of_limit(alone: dict[str, dict[str, float]]) -> float:
 
 def _photographs(path: Path) -> list[bytes]:
     with tarfile.open(path) as tar:
-        members = [member for member in tar if member.isfile() and member.name.lower().endswith(".jpg")]
-        return [tar.extractfile(member).read() for member in members]  # type: ignore[union-attr]
+        members = [member for member in tar if member.isfile()]
+        named = [member for member in members if member.name.lower().endswith((".jpg", ".jpeg"))]
+        found = [tar.extractfile(member).read() for member in named]  # type: ignore[union-attr]
+    if not found:
+        raise SystemExit(f"{path} holds no .jpg among its {len(members)} files")
+    return found
 
 
 def _resized(photograph: bytes, kind: Kind) -> bytes:

@@ -25,12 +25,11 @@ from fd_scale.run import recipe
 TRIES = 10
 """Attempts to fit a crop before the central one is taken (torchvision's RandomResizedCrop)."""
 
-MARGIN = 2
-"""A photograph is decoded at a part of its size only if the crop keeps this many pixels per pixel of a view:
-the difference is then 50 dB below the picture."""
+MARGINS: dict[Literal[8, 4, 2], int] = {8: 2, 4: 2, 2: 1}
+"""By divisor: a photograph is decoded at that part of its size only if the crop keeps this many pixels per
+pixel of a view. The difference is then 50 dB below the picture; halving is the mildest, without a reserve."""
 
 Interpolation = Literal["bicubic", "bilinear"]
-_DIVISORS: tuple[Literal[8, 4, 2], ...] = (8, 4, 2)
 
 
 class Box(NamedTuple):
@@ -69,7 +68,7 @@ def apply(
     """Every size (pixels) with its uint8 (3, size, size) view of the crop; antialiased on uint8.
 
     ``shrink`` lets a large photograph be decoded at a part of its size, the box moved by less than a pixel of
-    the view, where that leaves at least ``MARGIN`` times the largest size. Channels are last in memory.
+    the view, where that leaves enough for the largest size (``MARGINS``). Channels are last in memory.
     """
     planes = _planes(_crop(picture, box, max(sizes), shrink))
     views = {size: _resize(planes, [size, size], interpolation) for size in sizes}
@@ -96,8 +95,8 @@ def centre_view(image_HWC: np.ndarray, *, size: int, crop_pct: float) -> Tensor:
 def _crop(picture: Picture, box: Box, largest: int, shrink: bool) -> np.ndarray:
     """The pixels of a box, or fewer where that is enough."""
     if shrink and picture.can_shrink:
-        for divisor in _DIVISORS:
-            if min(box.height, box.width) >= MARGIN * largest * divisor:
+        for divisor, margin in MARGINS.items():
+            if min(box.height, box.width) >= margin * largest * divisor:
                 # Rounded to whole pixels of the small image, or the crop would sit beside its place.
                 top, left, height, width = (round(side / divisor) for side in box[:4])
                 return picture.shrunk(divisor)[top : top + height, left : left + width]

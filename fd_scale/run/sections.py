@@ -92,8 +92,8 @@ class View(Section):
     exif: Literal["ignore", "apply"] = "ignore"
     """The EXIF orientation; teachers were trained without it."""
     shrink: bool = True
-    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where the crop keeps twice the pixels of the largest view
-    (1.4 to 2 times as fast on large photographs, 50 dB from the exact view)."""
+    """Decode a JPEG at 1/2 of its size where the crop keeps the pixels of the largest view, at 1/4 or 1/8
+    where it keeps twice as many (large photographs are up to twice as fast, 50 dB from the exact view)."""
     color: Color = Color()
 
     @model_validator(mode="after")

@@ -106,20 +106,24 @@ class Recipe(Section):
         """Optimizer steps of the warm-up."""
         return round(self.schedule.warmup_images / self.global_batch)
 
-    def science(self) -> dict[str, Any]:
-        """What the fingerprint covers, as plain JSON values: of the data, not where they lie, nor how much
-        damage is borne, so that a run that stopped on either can go on with another answer."""
-        values = self.model_dump(mode="json", exclude={"notes", "scale", "run"})
-        data = values["data"]
-        for name in ("shards", "on_change", "max_bad_fraction", "max_bad_shards"):
-            del data[name]
-        data["sources"] = list(data["sources"].values())
-        return values
+    def science(self, *, defaults: bool = True) -> dict[str, Any]:
+        """What shapes the result, as plain JSON values; without ``defaults``, only what differs from them.
+
+        Of the data it is not where they lie, nor how much damage is borne, so that a run that stopped on
+        either can go on with another answer.
+        """
+        aside = {"shards", "on_change", "max_bad_fraction", "max_bad_shards"}
+        exclude: dict[str, Any] = {"notes": True, "scale": True, "run": True, "data": aside}
+        values = self.model_dump(mode="json", exclude=exclude, exclude_defaults=not defaults)
+        if "sources" in values.get("data", {}):
+            values["data"]["sources"] = list(self.data.sources.values())
+        return {name: value for name, value in values.items() if value != {}}  # {}: a section at its defaults
 
     @property
     def fingerprint(self) -> str:
-        """Eight hex digits of the science: the same on any machine, at any log interval."""
-        canonical = json.dumps(self.science(), sort_keys=True, separators=(",", ":"))
+        """Eight hex digits of the science, whatever the machine. Fields at their defaults do not count, so
+        that one which a later version adds renames no run; a recorded recipe holds them all."""
+        canonical = json.dumps(self.science(defaults=False), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
     @property

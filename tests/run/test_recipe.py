@@ -267,8 +267,8 @@ def test_a_fingerprint_is_blind_to_the_rest(recipe, field):
 
 def test_the_fingerprint_is_this_one_on_any_machine(recipe):
     """A change of schema or defaults that moves this value cuts all runs off from their directories."""
-    assert recipe.fingerprint == "575fadc4"
-    assert recipe.run_name == "trial-575fadc4"
+    assert recipe.fingerprint == "0b7bcd95"
+    assert recipe.run_name == "trial-0b7bcd95"
     code = "import json, sys, fd_scale.run.recipe as r; print(r.build(json.loads(sys.argv[1])).run_name)"
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
@@ -297,6 +297,22 @@ def test_a_fingerprint_looks_at_values_and_not_at_how_they_are_written(recipe):
     by_hand = derive(recipe, **{"student.arguments": {"a": 1, "b": 2}, "optim.clip_norm": 3})
     other = derive(recipe, **{"student.arguments": {"b": 2, "a": 1}, "optim.clip_norm": 3.0})
     assert by_hand.fingerprint == other.fingerprint
+
+
+class Later(Recipe):
+    """The schema of a later version, with one field more, and one default changed."""
+
+    ema_decay: float = 0.0
+    seed: int = 1
+
+
+def test_a_field_that_is_added_later_renames_no_run_but_another_default_does(recipe):
+    recorded = json.loads(recipe.to_json())
+    assert recorded["seed"] == 0
+    assert Later.model_validate_json(json.dumps(recorded | {"seed": 1})).fingerprint == recipe.fingerprint
+    assert Later.model_validate_json(json.dumps(recorded)).fingerprint != recipe.fingerprint
+    with_it = json.dumps(recorded | {"seed": 1, "ema_decay": 0.9})
+    assert Later.model_validate_json(with_it).fingerprint != recipe.fingerprint
 
 
 # Record form.

@@ -211,6 +211,10 @@ class World:
         if dist.is_initialized() and status == 0:
             dist.barrier()
             dist.destroy_process_group()
+        if self.launcher == "mpirun" and status == 0:
+            from mpi4py import MPI
+
+            MPI.Finalize()  # a rank that ends without it counts as crashed
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

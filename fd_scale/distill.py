@@ -256,6 +256,7 @@ class Run:
             last_step=resumed_at,
             before_commit=self.lease.check,
             committed=committed,
+            stage=self.world.together(saving.stage),
         )
 
     def watchdog(self) -> Watchdog:

@@ -42,5 +42,8 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # No way from the compute nodes to the hubs of weights; fetch them on the login node first (README.md):
 # export HF_HUB_OFFLINE=1
+# A folder on the node's own disk, where the shared file system takes long over a checkpoint: every rank writes its part
+# (12 bytes per parameter, over all ranks) there first, which frees the memory, and copies it from there:
+# export FD_SCALE_STAGE_SAVES=/local/$USER/saves
 # Assignments for every run of this site; those of the command line come after and win:
 # export FD_SCALE_SET="data.shards=/data/imagenet/shards run.root=/scratch/$USER/runs"

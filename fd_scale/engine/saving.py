@@ -4,10 +4,16 @@ Training waits for the copy only. Files are written, flushed to the disk and com
 words to the other ranks' threads travel in a process group of their own; a second save waits for the first.
 Until the commit there is a ``.partial``, which nothing reads. What a checkpoint holds, and how it is read, is
 said in ``checkpoint.py``.
+
+Where the run's file system is slow, ``FD_SCALE_STAGE_SAVES`` names a folder on the node's own disk: each rank
+writes its file there first, which frees the copy in memory, takes the checksum there, and copies it from
+there.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -25,8 +31,12 @@ from torch import Tensor
 from fd_scale.engine import fragments as where
 from fd_scale.engine.checkpoint import FORMAT, MANIFEST, Checkpoint, committed, sha256, shapes
 from fd_scale.engine.zero import Engine
+from fd_scale.errors import RunError
 from fd_scale.run.folder import sync_directory, write_atomically
 from fd_scale.run.world import World
+
+STAGE = "FD_SCALE_STAGE_SAVES"
+"""Environment variable: a folder on the node's own disk, with room for its ranks' part of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +86,36 @@ def snapshot(engine: Engine, world: World, facts: dict[str, Any]) -> Snapshot:
     return Snapshot(tensors, starts, manifest)
 
 
+def stage() -> Path | None:
+    """The folder that ``FD_SCALE_STAGE_SAVES`` names, made where it is missing; None without the variable.
+
+    Raises ``RunError`` where it cannot be written.
+    """
+    if not os.environ.get(STAGE):
+        return None
+    folder = Path(os.environ[STAGE])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise RunError(
+            f"{STAGE}={folder} cannot be written ({error.strerror}): name a folder on the node's own disk, "
+            "or unset it"
+        ) from None
+    return folder
+
+
 def write(
-    folder: Path, shot: Snapshot, world: World, *, before_commit: Callable[[], None] = lambda: None
+    folder: Path,
+    shot: Snapshot,
+    world: World,
+    *,
+    stage: Path | None = None,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
-    """Write and commit a snapshot of every rank under ``folder``. Collective.
+    """Write and commit a snapshot of every rank under ``folder``, by way of ``stage`` where given.
+    Collective.
 
     When any rank cannot write (a full disk, say), all ranks raise its ``OSError``, the partial save is
     removed, and earlier checkpoints stand. ``before_commit`` may object, on rank 0, by raising. A checkpoint
@@ -89,7 +125,7 @@ def write(
     partial = final.with_suffix(".partial")
     world.on_main(lambda: _begin(folder, partial))
     try:
-        file = world.together(lambda: _write_rank(partial, shot, world.rank))
+        file = world.together(lambda: _write_rank(partial, shot, world.rank, stage))
         manifest = shot.manifest | {"files": [entry for entry in world.gather(file) if entry is not None]}
         world.on_main(lambda: _commit(partial, final, manifest, before_commit))
     except OSError:
@@ -117,9 +153,9 @@ def retain(folder: Path, *, keep_last: int, keep_every_steps: int | None) -> lis
 class Saver:
     """Saves the checkpoints of one run, one after the other, in the background where asked.
 
-    ``last_step`` is the step of the checkpoint that the run goes on from. ``before_commit`` may object by
-    raising; ``committed`` is told each step whose checkpoint stands. Both are called on rank 0, in the
-    thread that writes.
+    ``last_step`` is the step of the checkpoint that the run goes on from. Files go by way of ``stage`` where
+    given. ``before_commit`` may object by raising; ``committed`` is told each step whose checkpoint stands.
+    Both are called on rank 0, in the thread that writes.
     """
 
     def __init__(
@@ -131,8 +167,9 @@ class Saver:
         last_step: int | None,
         before_commit: Callable[[], None],
         committed: Callable[[int], None],
+        stage: Path | None = None,
     ) -> None:
-        self._folder, self._world = folder, world
+        self._folder, self._world, self._stage = folder, world, stage
         self._aside = world.aside() if background else None
         self._last_step = last_step
         self._before_commit, self._committed = before_commit, committed
@@ -178,7 +215,7 @@ class Saver:
             self._failure = error
 
     def _write(self, shot: Snapshot, world: World) -> None:
-        write(self._folder, shot, world, before_commit=self._before_commit)
+        write(self._folder, shot, world, stage=self._stage, before_commit=self._before_commit)
         world.on_main(lambda: self._committed(shot.step))
 
 
@@ -190,16 +227,38 @@ def _begin(folder: Path, partial: Path) -> None:
     partial.mkdir()
 
 
-def _write_rank(partial: Path, shot: Snapshot, rank: int) -> dict[str, Any] | None:
+def _write_rank(partial: Path, shot: Snapshot, rank: int, stage: Path | None) -> dict[str, Any] | None:
     """This rank's file and its description; None where it has nothing to write."""
     if not shot.tensors:
         return None
     path = partial / f"rank-{rank:05d}.safetensors"
+    if stage is None:
+        _write_file(path, shot)
+        _sync(path)
+        return _described(path)
+    # The same name at every save of the run, so that a killed rank leaves one file behind, and the next
+    # save on this node takes its place.
+    run = hashlib.sha256(str(partial.parent.resolve()).encode()).hexdigest()[:8]
+    local = stage / f"{run}-{path.name}"
+    try:
+        _write_file(local, shot)
+        shot.tensors.clear()
+        entry = _described(local)
+        shutil.copyfile(local, path)
+    finally:
+        local.unlink(missing_ok=True)
+    _sync(path)
+    return entry | {"name": path.name}
+
+
+def _write_file(path: Path, shot: Snapshot) -> None:
     try:
         save_file(shot.tensors, path, metadata=shot.starts)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"{path} could not be written: {error}") from error
-    _sync(path)
+
+
+def _described(path: Path) -> dict[str, Any]:
     return {"name": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
 
 

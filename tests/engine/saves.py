@@ -45,7 +45,7 @@ class Story:
         if self.objection:
             raise RuntimeError(self.objection)
 
-    def saver(self, name: str, *, background: bool) -> saving.Saver:
+    def saver(self, name: str, *, background: bool, stage: Path | None = None) -> saving.Saver:
         return saving.Saver(
             self.folder / name,
             self.world,
@@ -53,10 +53,17 @@ class Story:
             last_step=None,
             before_commit=self.before_commit,
             committed=self.committed.append,
+            stage=stage,
         )
 
     def advance(self) -> None:
         problem.advance(self.engine, self.resolved, self.world, self.engine.step_number + 1)
+
+
+def room(world: World, size: int) -> None:
+    """How large a file rank 1 may write, bytes."""
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def tell(world: World, folder: str) -> dict[str, Any]:
@@ -84,8 +91,7 @@ def tell(world: World, folder: str) -> dict[str, Any]:
     story.pause_s = 0.0
     facts["committed"], facts["partials"] = list(story.committed), list(story.partials)
 
-    if world.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    room(world, 10_000)
     story.advance()
     saver.save(story.engine, {})
     facts["full"] = complaint(saver.wait)
@@ -93,8 +99,7 @@ def tell(world: World, folder: str) -> dict[str, Any]:
         lambda: story.saver("background", background=False).save(story.engine, {})
     )
     facts["after full"] = names(place)
-    if world.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    room(world, resource.RLIM_INFINITY)
 
     again = story.saver("background", background=True)
     again.save(story.engine, {})
@@ -105,6 +110,22 @@ def tell(world: World, folder: str) -> dict[str, Any]:
     lost.save(story.engine, {})
     facts["lost"] = complaint(lost.wait)
     facts["grown"] = (story.folder / "lost").exists()
+    return facts | staged(story)
+
+
+def staged(story: Story) -> dict[str, Any]:
+    """Saves by way of the node's own disk, with enough room there and without."""
+    disk = story.folder / f"disk-{story.world.rank}"
+    disk.mkdir()
+    saving.save(story.folder / "direct", story.engine, story.world, {})
+    saver = story.saver("staged", background=True, stage=disk)
+    saver.save(story.engine, {})
+    saver.wait()
+    room(story.world, 10_000)
+    story.advance()
+    saver.save(story.engine, {})
+    facts = {"disk full": complaint(saver.wait), "left on the disk": names(disk)}
+    room(story.world, resource.RLIM_INFINITY)
     return facts
 
 

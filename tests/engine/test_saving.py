@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fd_scale.engine import checkpoint
+from fd_scale.engine import checkpoint, saving
+from fd_scale.errors import RunError
 from tests.engine import saves
 from tests.spawn import spawn
 
@@ -25,15 +26,42 @@ def told(folder: Path) -> list[dict[str, Any]]:
     return spawn(saves.tell, 2, str(folder))
 
 
-def test_a_save_beside_the_training_holds_the_step_it_began_at(folder: Path, told: Any) -> None:
+def assert_same(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same, tensor by tensor: safetensors orders its metadata anew in every file."""
     for rank in (0, 1):
-        # Tensor by tensor: safetensors orders its metadata anew in every file.
-        blocking, background = (
-            load_file(folder / name / "step-00000001" / f"rank-{rank:05d}.safetensors")
-            for name in ("blocking", "background")
-        )
-        assert blocking.keys() == background.keys()
-        assert all(torch.equal(value, background[name]) for name, value in blocking.items())
+        ours, theirs = (load_file(path / f"rank-{rank:05d}.safetensors") for path in (one, other))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_save_beside_the_training_holds_the_step_it_began_at(folder: Path, told: Any) -> None:
+    assert_same(folder / "blocking" / "step-00000001", folder / "background" / "step-00000001")
+
+
+def test_a_save_by_way_of_the_nodes_own_disk_is_the_same(folder: Path, told: Any) -> None:
+    (found,) = checkpoint.committed(folder / "staged")
+    assert checkpoint.faults(found) == []
+    assert_same(folder / "direct" / found.path.name, found.path)
+    for number, rank in enumerate(told):
+        assert rank["disk full"].startswith("OSError")
+        assert "disk-1/" in rank["disk full"]
+        assert rank["left on the disk"] == [], number
+
+
+def test_the_folder_of_staged_saves_is_made_or_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(saving.STAGE, raising=False)
+    assert saving.stage() is None
+    monkeypatch.setenv(saving.STAGE, str(tmp_path / "a" / "b"))
+    assert saving.stage() == tmp_path / "a" / "b"
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(saving.STAGE, str(tmp_path / "file" / "b"))
+    with pytest.raises(
+        RunError, match=r"FD_SCALE_STAGE_SAVES=\S*file/b cannot be written \(Not a directory\)"
+    ):
+        saving.stage()
 
 
 def test_training_goes_on_meanwhile_and_a_second_save_waits(told: Any) -> None:

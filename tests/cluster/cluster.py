@@ -106,8 +106,14 @@ class Job:
         return self.state()
 
     def wait_for_text(self, text: str, count: int = 1, timeout_s: float = 60) -> None:
-        """Until the log holds ``text`` so many times."""
-        wait_until(f"{count} x {text!r}", lambda: self.log().count(text) >= count, timeout_s, self.report)
+        """Until the log holds ``text`` so many times; fails at once when the job ends before."""
+
+        def settled() -> bool:
+            return self.log().count(text) >= count or self.state() in ("COMPLETED", "FAILED")
+
+        wait_until(f"{count} x {text!r}", settled, timeout_s, self.report)
+        if self.log().count(text) < count:
+            raise AssertionError(f"{count} x {text!r} did not come\n{self.report()}")
 
     def log(self) -> str:
         return self.log_path.read_text() if self.log_path.exists() else ""
@@ -129,6 +135,13 @@ class Job:
         """Move the time limit of the running job to so many seconds from now."""
         end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
         self.cluster.command("scontrol", "update", f"jobid={self.number}", f"endtime={end}")
+
+    def reach_time_limit(self, minutes: int) -> None:
+        """Let Slurm send the warning of a limit that is 60 s ahead, until the job is back in the queue; the
+        next start has so many minutes."""
+        self.end_in(50)
+        self.wait_for("PENDING", timeout_s=90)
+        self.cluster.command("scontrol", "update", f"jobid={self.number}", f"timelimit={minutes}")
 
 
 class Cluster:

@@ -1,9 +1,10 @@
 """The real program, which also notes what every rank saw, and stands still where a test wants to meet it.
 
-    PAUSES="4 8" noting.py python -m fd_scale distill ...
+    PAUSES="0:4 1:6:save" noting.py python -m fd_scale distill ...
 
 Every rank writes the keys of each micro-batch, with step and start, to ``seen-RANK.jsonl`` in the folder of
-the submission. Before the steps named in PAUSES it waits until it is asked to stop; nothing else is changed.
+the submission. Start 0 of the job waits before step 4 until it is asked to stop; start 1 waits while it saves
+step 6, all files written and the commit to come, until it is killed. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from fd_scale import cli, distill
+from fd_scale.engine.saving import Saver
 from fd_scale.run.world import StopRequest
 
-PAUSES = [int(step) for step in os.environ.get("PAUSES", "").split()]
+START = os.environ.get("SLURM_RESTART_COUNT", "0")
+PAUSES = os.environ.get("PAUSES", "").split()
 SEEN = Path(f"seen-{os.environ['SLURM_PROCID']}.jsonl").absolute()
 
 
@@ -34,14 +37,26 @@ class Noting(distill.Run):
     def losses(self, batch: Any) -> Any:
         step = self.engine.step_number
         with SEEN.open("a") as file:
-            start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-            row = {"start": start, "step": step, "time": time.time(), "keys": batch.keys}
+            row = {"start": int(START), "step": step, "time": time.time(), "keys": batch.keys}
             file.write(json.dumps(row) + "\n")
-        if step in PAUSES:
+        if f"{START}:{step}" in PAUSES:
             print(f"pausing before step {step}", flush=True)
             while not self.request._received:
                 time.sleep(0.05)
         return super().losses(batch)
+
+    def saver(self, resumed_at: int | None) -> Saver:
+        saver = super().saver(resumed_at)
+        saver._before_commit = self.before_commit
+        return saver
+
+    def before_commit(self) -> None:
+        (partial,) = self.folder.checkpoints.glob("*.partial")
+        step = int(partial.stem.removeprefix("step-"))
+        if f"{START}:{step}:save" in PAUSES:
+            print(f"pausing while step {step} is saved", flush=True)
+            time.sleep(3600)
+        self.lease.check()
 
 
 if __name__ == "__main__":

@@ -102,11 +102,20 @@ def _rendezvous(where: Place) -> None:
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _first_host()
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        port = 20_000 + (int(os.environ["SLURM_JOB_ID"]) + restart) % 20_000
+        # As in slurm/env.sh, which also looks whether it is free: job.sh gives up before the 101st start.
+        port = 20_000 + (int(os.environ["SLURM_JOB_ID"]) * 101 + restart) % 12_000
         os.environ.setdefault("MASTER_PORT", str(port))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise RunError(f"{where.launcher} started {where.size} processes without {name}")
+
+
+def _meeting(where: Place) -> str:
+    """What the ranks of one start have in common. One that comes to the port of another job then waits there
+    in vain, where it would otherwise be taken for a rank of that job."""
+    if where.launcher != "srun":
+        return where.launcher
+    return f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def _first_host() -> str:
@@ -150,7 +159,11 @@ class World:
         os.environ.update(RANK=str(where.rank), WORLD_SIZE=str(where.size), LOCAL_RANK=str(where.local_rank))
         world = cls(where)
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=PROCESS_GROUP_TIMEOUT))
+        store = dist.PrefixStore(_meeting(where), store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=PROCESS_GROUP_TIMEOUT
+        )
         return world
 
     def aside(self) -> World:

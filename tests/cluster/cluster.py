@@ -55,6 +55,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf
 SlurmdParameters=config_overrides
 GresTypes=gpu
 KillWait={kill_wait}
+# Ports follow from job numbers, and another cluster of these tests may run on this machine.
+FirstJobId={first_job}
 ReturnToService=2
 NodeName={nodes[0]} NodeAddr=127.0.0.1 Port={ports[0]} CPUs=128 RealMemory=100000 Gres=gpu:8
 NodeName={nodes[1]} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=128 RealMemory=100000 Gres=gpu:8
@@ -252,6 +254,7 @@ class Cluster:
             controller_port=ports.pop(),
             ports=ports,
             kill_wait=KILL_WAIT_S,
+            first_job=1 + secrets.randbelow(60_000),
         )
         (self.root / "slurm.conf").write_text(settings)
         gpus = "".join(f"NodeName={node} Name=gpu File={self.root}/gpu[0-7]\n" for node in NODES)

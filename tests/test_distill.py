@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.torch
 import timm
@@ -34,6 +35,7 @@ from fd_scale.run import recipes as named
 from fd_scale.student import build_student
 from fd_scale.teachers import load
 from tests.reference.objective import loss_and_gradient
+from tests.warm import Started, Warm
 
 STEPS = 12
 BASE = {
@@ -76,34 +78,32 @@ def teacher(data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(data: Path, teacher: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start the demo recipe with changes; ``processes=0`` goes without a launcher."""
+def words(data: Path, teacher: Path) -> Callable[..., list[str]]:
+    """The words after ``fd-scale`` that run the demo recipe with changes."""
 
-    def start(root: Path, processes: int = 2, **changes: Any) -> subprocess.Popen[str]:
+    def words(root: Path, **changes: Any) -> list[str]:
         asked = BASE | {"teacher.weights": teacher, "data.shards": data / "shards"}
         asked |= {"run.root": root, "scale": data / "scale.json"} | changes
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [
-            sys.executable,
-            *(launcher if processes else []),
-            "-m",
-            "fd_scale",
-            "distill",
-            "--recipe",
-            "demo",
-        ]
-        command += [word for key, value in asked.items() for word in ("--set", f"{key}={value}")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+        assignments = [word for key, value in asked.items() for word in ("--set", f"{key}={value}")]
+        return ["distill", "--recipe", "demo", *assignments]
 
-    return start
+    return words
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=timeout_s)
-    return process.returncode, output
+@pytest.fixture(scope="module")
+def start(words: Callable[..., list[str]]) -> Iterator[Callable[..., Started]]:
+    """Start two ranks."""
+    warm = Warm()
+    try:
+        yield lambda root, ranks=2, **changes: warm.start(*words(root, **changes), ranks=ranks)
+    finally:
+        warm.close()
+
+
+@pytest.fixture(scope="module")
+def alone(start: Callable[..., Started]) -> Callable[..., tuple[int, str]]:
+    """Run one process without a launcher to its end; exit status and output."""
+    return lambda root, **changes: start(root, ranks=0, **changes).wait()
 
 
 def metrics(root: Path) -> list[dict[str, Any]]:
@@ -115,22 +115,25 @@ def losses(root: Path) -> dict[int, tuple[float, float]]:
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in metrics(root)}
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 180) -> None:
+def wait_for(condition: Callable[[], bool], started: Started, timeout_s: float = 180) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
-        if time.monotonic() > end or process.poll() is not None:
-            process.kill()
-            raise AssertionError(f"never came: {process.communicate()[0]}")
+        ended = any(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in started.pids)
+        if ended or time.monotonic() > end:
+            raise AssertionError(f"never came: {started.output()}")
         time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
-def whole(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An undisturbed run of two processes: its root and what it printed."""
+def whole(words: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An undisturbed run of two processes under torchrun: its root and what it printed."""
     root = tmp_path_factory.mktemp("whole")
-    status, output = finish(start(root))
-    assert status == 0, output
-    return root, output
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, "-m", "fd_scale", *words(root)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root, done.stdout + done.stderr
 
 
 def test_a_run_learns_and_writes_it_down(whole: tuple[Path, str]) -> None:
@@ -151,11 +154,11 @@ def test_a_run_learns_and_writes_it_down(whole: tuple[Path, str]) -> None:
 
 
 def test_the_first_loss_is_that_of_the_definition(
-    start: Callable[..., Any], data: Path, teacher: Path, tmp_path: Path
+    alone: Callable[..., Any], data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     """Step 0 again by hand: plan, crop, both networks, whitening and smooth L1, in float64."""
     images = {"schedule.images": 16, "schedule.warmup_images": 0, "student.drop_path": 0.0}
-    status, output = finish(start(tmp_path, processes=0, **images))
+    status, output = alone(tmp_path, **images)
     assert status == 0, output
     (run,) = tmp_path.iterdir()
     recipe = recipes.load(run / "recipe.json")
@@ -205,16 +208,13 @@ def test_exports_load_where_they_say(whole: tuple[Path, str]) -> None:
 
 
 def test_killed_with_9_and_resumed(
-    start: Callable[..., Any], whole: tuple[Path, str], tmp_path: Path
+    start: Callable[..., Started], whole: tuple[Path, str], tmp_path: Path
 ) -> None:
-    process = start(tmp_path)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    wait_for(lambda: list(tmp_path.glob("demo-*/checkpoints/step-????????")) != [], process)
-    for child in children.read_text().split():
-        os.kill(int(child), signal.SIGKILL)
-    status, _ = finish(process)
-    assert status != 0
-    status, output = finish(start(tmp_path))
+    started = start(tmp_path)
+    wait_for(lambda: list(tmp_path.glob("demo-*/checkpoints/step-????????")) != [], started)
+    started.kill()
+    assert started.wait()[0] == -signal.SIGKILL
+    status, output = start(tmp_path).wait()
     assert status == 0, output
     assert "going on from step 4" in output or "going on from step 8" in output
     assert losses(tmp_path) == losses(whole[0])
@@ -225,23 +225,22 @@ def test_killed_with_9_and_resumed(
 
 
 def test_a_signal_saves_and_one_process_goes_on(
-    start: Callable[..., Any], whole: tuple[Path, str], tmp_path: Path
+    start: Callable[..., Any], alone: Callable[..., Any], whole: tuple[Path, str], tmp_path: Path
 ) -> None:
     """Stopped by SIGTERM at any step on two processes, finished on one: no step is lost or made twice."""
-    process = start(tmp_path)
+    started = start(tmp_path)
     wait_for(
-        lambda: list(tmp_path.glob("demo-*/metrics.jsonl")) != [] and len(metrics(tmp_path)) >= 2, process
+        lambda: list(tmp_path.glob("demo-*/metrics.jsonl")) != [] and len(metrics(tmp_path)) >= 2, started
     )
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(child), signal.SIGTERM)
-    status, output = finish(process)
-    assert status != 0
+    started.kill(signal.SIGTERM)
+    status, output = started.wait()
+    assert status == 128 + signal.SIGTERM
     assert "stopped by SIGTERM at step" in output
     stopped_at = len(metrics(tmp_path))
     (run,) = tmp_path.iterdir()
     assert (run / "STATE").read_text() == f"PREEMPTED step={stopped_at} from=0\n"
     assert stopped_at < STEPS
-    status, output = finish(start(tmp_path, processes=0))
+    status, output = alone(tmp_path)
     assert status == 0, output
     assert f"going on from step {stopped_at}" in output
     rows = metrics(tmp_path)
@@ -251,8 +250,8 @@ def test_a_signal_saves_and_one_process_goes_on(
     assert rows[-1]["loss"] == pytest.approx(metrics(whole[0])[-1]["loss"], rel=0.2)
 
 
-def test_a_finished_run_says_so(start: Callable[..., Any], whole: tuple[Path, str]) -> None:
-    status, output = finish(start(whole[0], processes=0))
+def test_a_finished_run_says_so(alone: Callable[..., Any], whole: tuple[Path, str]) -> None:
+    status, output = alone(whole[0])
     assert status == 0
     assert "is finished" in output
     (run,) = whole[0].iterdir()
@@ -260,14 +259,14 @@ def test_a_finished_run_says_so(start: Callable[..., Any], whole: tuple[Path, st
 
 
 def test_another_teacher_is_refused(
-    start: Callable[..., Any], whole: tuple[Path, str], teacher: Path, tmp_path: Path
+    alone: Callable[..., Any], whole: tuple[Path, str], teacher: Path, tmp_path: Path
 ) -> None:
     original = teacher.read_bytes()
     tensors = safetensors.torch.load_file(teacher)
     tensors["norm.bias"] = tensors["norm.bias"] + 1e-3
     safetensors.torch.save_file(tensors, teacher)
     try:
-        status, output = finish(start(whole[0], processes=0))
+        status, output = alone(whole[0])
     finally:
         teacher.write_bytes(original)
     assert status == 2
@@ -276,30 +275,30 @@ def test_another_teacher_is_refused(
 
 
 def test_other_data_is_refused(
-    start: Callable[..., Any], whole: tuple[Path, str], data: Path, tmp_path: Path
+    alone: Callable[..., Any], whole: tuple[Path, str], data: Path, tmp_path: Path
 ) -> None:
     pack(data / "images", tmp_path / "shards", max_count=20)
-    status, output = finish(start(whole[0], processes=0, **{"data.shards": tmp_path / "shards"}))
+    status, output = alone(whole[0], **{"data.shards": tmp_path / "shards"})
     assert status == 2
     assert "shards: 4 at the checkpoint, 2 now" in output
 
 
 def test_a_loss_that_is_never_finite_stops_the_run(
-    start: Callable[..., Any], teacher: Path, tmp_path: Path
+    alone: Callable[..., Any], teacher: Path, tmp_path: Path
 ) -> None:
     tensors = safetensors.torch.load_file(teacher)
     tensors["norm.weight"][0] = math.nan
     broken = tmp_path / "broken.safetensors"
     safetensors.torch.save_file(tensors, broken)
     changes = {"teacher.weights": broken, "run.max_nonfinite_steps": 2}
-    status, output = finish(start(tmp_path / "root", processes=0, **changes))
+    status, output = alone(tmp_path / "root", **changes)
     assert status == 2
     assert "not finite for 2 steps in a row" in output
     assert "teacher vit_tiny_patch16_224 on" in output
     assert "student on" not in output
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(alone: Callable[..., Any], tmp_path: Path) -> None:
     """The run directory lies on a small file system, which the second save fills."""
     small = tmp_path / "small"
     small.mkdir()
@@ -309,7 +308,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(start: Callable[..., Any], tmp_p
     if mounted.returncode:
         pytest.skip(f"mounting a small file system needs root: {mounted.stderr.decode().strip()}")
     try:
-        status, output = finish(start(small, processes=0))
+        status, output = alone(small)
         assert status == 1
         assert "No space left on device" in output
         (run,) = small.iterdir()
@@ -337,9 +336,9 @@ REFUSALS = [
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
 def test_wrong_input_is_refused_with_one_message(
-    changes: dict[str, Any], expected: str, start: Callable[..., Any], tmp_path: Path
+    changes: dict[str, Any], expected: str, alone: Callable[..., Any], tmp_path: Path
 ) -> None:
-    status, output = finish(start(tmp_path, processes=0, **changes))
+    status, output = alone(tmp_path, **changes)
     assert status == 2
     assert expected in output
     assert "Traceback" not in output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,17 +169,16 @@ def plain(setting: Setting) -> dict[str, list[float]]:
 
 
 def interrupted(world: World, settings: list[Setting], folder: str, stop: int) -> dict[str, Any]:
-    """Per setting: the uninterrupted history, and one saved at ``stop`` and finished by a fresh engine."""
+    """Per setting: the history of a run that saved at ``stop``, and that of a fresh engine from there."""
     results = {}
     for setting in settings:
         root = Path(folder) / setting.label()
         engine, resolved = make_engine(world, setting, folder)
-        whole = advance(engine, resolved, world, setting.steps)
-        engine.deepspeed.destroy()
-        engine, resolved = make_engine(world, setting, folder)
-        advance(engine, resolved, world, stop)
+        whole = advance(engine, resolved, world, stop)
         saving.save(root, engine, world, {"of": setting.label()})
+        rest = advance(engine, resolved, world, setting.steps)
         engine.deepspeed.destroy()
+        whole = {name: values + rest[name] for name, values in whole.items()}
         results[setting.label()] = {"whole": whole, "resumed": resume(world, setting, folder, str(root))}
     return results
 
@@ -201,13 +201,9 @@ def resume(world: World, setting: Setting, folder: str, root: str) -> dict[str, 
     }
 
 
-def resume_many(world: World, settings: list[Setting], folder: str, roots: list[str]) -> dict[str, Any]:
-    """Every setting from every root."""
-    return {
-        (setting.label(), root): resume(world, setting, folder, root)
-        for setting in settings
-        for root in roots
-    }
+def resume_many(world: World, pairs: list[tuple[Setting, str]], folder: str) -> dict[str, Any]:
+    """Every setting from the root that stands beside it."""
+    return {(setting.label(), root): resume(world, setting, folder, root) for setting, root in pairs}
 
 
 def poisoned(world: World, settings: list[Setting], folder: str) -> dict[str, Any]:
@@ -229,3 +225,8 @@ def poisoned(world: World, settings: list[Setting], folder: str) -> dict[str, An
         }
         engine.deepspeed.destroy()
     return results
+
+
+def several(world: World, calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """What several functions return, one after the other in one group: its imports cost more than they do."""
+    return [function(world, *arguments) for function, arguments in calls]

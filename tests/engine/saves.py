@@ -28,6 +28,20 @@ def complaint(action: Any) -> str:
     return ""
 
 
+class OneProcess:
+    """Stands where a ``World`` of one process would, without a process group."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def on_main(self, action: Any) -> Any:
+        return action()
+
+    together = on_main
+
+
 class Story:
     """One engine that trains between saves of every kind."""
 
@@ -35,15 +49,12 @@ class Story:
         self.world, self.folder = world, folder
         self.engine, self.resolved = problem.make_engine(world, SETTING, str(folder))
         self.pause_s = 0.0
-        self.objection = ""
         self.committed: list[int] = []
         self.partials: list[int] = []
 
     def before_commit(self) -> None:
         self.partials.append(len(list((self.folder / "background").glob("*.partial"))))
         time.sleep(self.pause_s)
-        if self.objection:
-            raise RuntimeError(self.objection)
 
     def saver(self, name: str, *, background: bool, stage: Path | None = None) -> saving.Saver:
         return saving.Saver(
@@ -127,14 +138,3 @@ def staged(story: Story) -> dict[str, Any]:
     facts = {"disk full": complaint(saver.wait), "left on the disk": names(disk)}
     room(story.world, resource.RLIM_INFINITY)
     return facts
-
-
-def object_to_commit(world: World, folder: str) -> list[str]:
-    """What is there after rank 0 was told that the directory is another's: it alone hears of it."""
-    story = Story(world, Path(folder))
-    story.objection = "taken by another start"
-    saver = story.saver("background", background=True)
-    story.advance()
-    saver.save(story.engine, {})
-    facts = [complaint(saver.wait)]
-    return facts + names(story.folder / "background")

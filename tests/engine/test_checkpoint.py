@@ -16,6 +16,7 @@ from fd_scale.engine import checkpoint, saving
 from fd_scale.errors import RunError
 from tests.engine import problem
 from tests.engine.problem import Setting
+from tests.engine.saves import OneProcess
 from tests.spawn import spawn
 
 STOP = 4
@@ -31,8 +32,9 @@ EXACT = [
     for stage in (0, 1, 2, 3)
     for bf16 in (False, True)
 ]
-SAVED = [Setting(stage, micro_batch=4, steps=8) for stage in (0, 1, 3)]
-RESUMED = [Setting(stage, micro_batch=4, steps=8) for stage in (0, 2, 3)]
+LONG = {stage: Setting(stage, micro_batch=4, steps=STOP + 20) for stage in (0, 1, 2, 3)}
+PAIRS = [(LONG[before], LONG[after]) for before, after in ((0, 3), (1, 0), (3, 2), (3, 3))]
+"""Every way to write and every way to read, at least once: neither knows of the other."""
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exact(folder: Path) -> list[dict[str, Any]]:
-    (folder / "exact").mkdir()
-    return spawn(problem.interrupted, 2, EXACT, str(folder / "exact"), STOP)
+def told(folder: Path) -> list[list[Any]]:
+    """By rank of two: what they found in exact resumes, after a NaN, while saving for others, in resumes."""
+    for name in ("exact", "elastic", "nonfinite"):
+        (folder / name).mkdir()
+    place = str(folder / "elastic")
+    calls = [
+        (problem.interrupted, (EXACT, str(folder / "exact"), STOP)),
+        (problem.poisoned, (EXACT, str(folder / "nonfinite"))),
+        (problem.interrupted, ([LONG[0], LONG[1], LONG[3]], place, STOP)),
+        (problem.resume_many, (elastic_pairs(folder), place)),
+    ]
+    return spawn(problem.several, 2, calls, timeout_s=540)
+
+
+def elastic_pairs(folder: Path) -> list[tuple[Setting, str]]:
+    return [(after, str(folder / "elastic" / before.label())) for before, after in PAIRS]
+
+
+@pytest.fixture(scope="module")
+def exact(told: list[list[Any]]) -> list[dict[str, Any]]:
+    return [rank[0] for rank in told]
 
 
 @pytest.mark.parametrize("setting", EXACT, ids=Setting.label)
@@ -56,38 +76,29 @@ def test_resume_is_exact(setting: Setting, exact: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def elastic(folder: Path) -> dict[int, dict[str, Any]]:
+def elastic(folder: Path, told: list[list[Any]]) -> dict[int, dict[str, Any]]:
     """Checkpoints written by two processes, finished by two and by one, at other ZeRO stages."""
-    (folder / "elastic").mkdir()
-    place = str(folder / "elastic")
-    written = spawn(problem.interrupted, 2, SAVED, place, STOP)[0]
-    roots = [str(folder / "elastic" / setting.label()) for setting in SAVED]
-    finished = {size: spawn(problem.resume_many, size, RESUMED, place, roots)[0] for size in (1, 2)}
-    return {0: written, **finished}
+    alone = spawn(problem.resume_many, 1, elastic_pairs(folder), str(folder / "elastic"))[0]
+    return {0: told[0][2], 1: alone, 2: told[0][3]}
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("after", RESUMED, ids=Setting.label)
-@pytest.mark.parametrize("before", SAVED, ids=Setting.label)
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=Setting.label)
 def test_another_world_size_and_stage(
     size: int, before: Setting, after: Setting, elastic, folder: Path
 ) -> None:
     whole = elastic[0][before.label()]["whole"]
     resumed = elastic[size][after.label(), str(folder / "elastic" / before.label())]
     assert resumed["start"] == STOP
+    assert len(resumed["loss"]) == 20
     # fp32 sums in another order: 3e-7 seen.
     assert resumed["loss"] == pytest.approx(whole["loss"][STOP:], rel=1e-6)
     assert resumed["decays"] == [0.0, 0.05]
 
 
-@pytest.fixture(scope="module")
-def nonfinite(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return spawn(problem.poisoned, 2, EXACT, str(tmp_path_factory.mktemp("poison")))[0]
-
-
 @pytest.mark.parametrize("setting", EXACT, ids=Setting.label)
-def test_a_step_that_is_not_finite_is_skipped(setting: Setting, nonfinite: dict[str, Any]) -> None:
-    seen = nonfinite[setting.label()]
+def test_a_step_that_is_not_finite_is_skipped(setting: Setting, told: list[list[Any]]) -> None:
+    seen = told[0][1][setting.label()]
     assert seen["applied"] == [False, True, True, True]
     assert seen["untouched"]
     assert all(math.isfinite(loss) for loss in seen["loss"])
@@ -106,18 +117,6 @@ def copy_of_one(folder: Path, tmp_path: Path, exact: Any) -> Path:
     manifest = json.loads((later / "manifest.json").read_text()) | {"step": 6}
     (later / "manifest.json").write_text(json.dumps(manifest))
     return root
-
-
-class OneProcess:
-    """Stands where a ``World`` of one process would, without a process group."""
-
-    rank, size = 0, 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def on_main(self, action: Any) -> Any:
-        return action()
 
 
 def test_a_damaged_newest_checkpoint_gives_way(folder: Path, tmp_path: Path, exact: Any) -> None:
@@ -177,11 +176,11 @@ def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
 def test_fragments_of_all_ranks_make_whole_parameters(folder: Path, elastic: Any) -> None:
     """Stage 3 writes pieces, stage 0 whole tensors: after the same steps they are the same weights."""
     saved = {}
-    for setting in (SAVED[0], SAVED[2]):
+    for setting in (LONG[0], LONG[3]):
         found = checkpoint.committed(folder / "elastic" / setting.label())[-1]
         pieces = checkpoint.Pieces(found)
         saved[setting.stage] = {name: pieces.whole("master", name) for name in found.manifest["parameters"]}
-    network = dict(problem.Network(SAVED[0]).named_parameters())
+    network = dict(problem.Network(LONG[0]).named_parameters())
     assert saved[0].keys() == saved[3].keys() == network.keys()
     for name, value in saved[0].items():
         assert not torch.equal(value, network[name])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fd_scale.engine import checkpoint, saving
 from fd_scale.errors import RunError
+from fd_scale.run.lease import LeaseLostError
 from tests.engine import saves
 from tests.spawn import spawn
 
@@ -95,5 +96,10 @@ def test_a_file_system_that_is_gone_is_not_grown_anew(told: Any) -> None:
 
 
 def test_a_start_that_lost_the_directory_commits_nothing_and_removes_nothing(tmp_path: Path) -> None:
-    said = spawn(saves.object_to_commit, 1, str(tmp_path))[0]
-    assert said == ["RuntimeError: taken by another start", "step-00000001.partial"]
+    def object_to_it() -> None:
+        raise LeaseLostError("taken by another start")
+
+    shot = saving.Snapshot({"master/a": torch.ones(3)}, {"a": "0"}, {"step": 1})
+    with pytest.raises(LeaseLostError, match="taken by another start"):
+        saving.write(tmp_path, shot, saves.OneProcess(), before_commit=object_to_it)
+    assert saves.names(tmp_path) == ["step-00000001.partial"]

@@ -70,11 +70,9 @@ class Watchdog:
 
     def _end(self, silent_s: float) -> None:
         path = self._folder / f"rank-{self._rank:05d}.txt"
-        print(
+        _say(
             f"rank {self._rank}: nothing came for {silent_s:.0f} s after {self._where} (run.watchdog_s); "
-            f"it is at {self._innermost()}; all stacks: {path}",
-            file=sys.stderr,
-            flush=True,
+            f"it is at {self._innermost()}; all stacks: {path}"
         )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +83,9 @@ class Watchdog:
             missing = self._wait_for_others()
             if missing and self._rank == min(set(range(self._world_size)) - missing):
                 names = ", ".join(map(str, sorted(missing)))
-                print(f"no stacks from ranks {names}: stopped or unreachable", file=sys.stderr, flush=True)
+                _say(f"no stacks from ranks {names}: stopped or unreachable")
         except OSError as error:
-            print(f"{path} cannot be written: {error}", file=sys.stderr, flush=True)
+            _say(f"{path} cannot be written: {error}")
             faulthandler.dump_traceback(all_threads=True)
         os._exit(1)
 
@@ -111,3 +109,9 @@ class Watchdog:
             return "no place that Python knows"
         last = traceback.extract_stack(frame)[-1]
         return f"{last.filename}:{last.lineno} in {last.name}"
+
+
+def _say(text: str) -> None:
+    """To the standard error, which may have nobody who reads it: the process is to end all the same."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

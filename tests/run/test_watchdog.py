@@ -89,6 +89,15 @@ def test_a_folder_that_cannot_be_written_leaves_the_standard_error(tmp_path: Pat
     assert "in other" in complaint
 
 
+def test_stacks_are_written_where_nobody_reads_the_standard_error(tmp_path: Path) -> None:
+    """As for a rank whose launcher was killed."""
+    process = start(tmp_path, "time.sleep(60)")
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait(timeout=30) == 1
+    assert "in stand_still" in (tmp_path / "rank-00000.txt").read_text()
+
+
 @pytest.mark.parametrize(
     "stand", ["time.sleep(0.3)", "dog.stop(); time.sleep(2.5)"], ids=["quick", "stopped"]
 )

@@ -8,8 +8,7 @@ left alone. The other meets one fault after the other, in an order drawn from th
 saved something since the last one; job.sh alone brings it back. Measured per fault:
 
     steps_redone          steps begun at the fault that the next start began again
-    seconds_to_recover    from the fault to the first batch of the next start: Slurm's wait, start, resume;
-                          0 where the ranks went on as if nothing had happened
+    seconds_to_recover    from the fault to the first batch of the next start: Slurm's wait, start, resume
 
 and at the end whether every sample of every step was seen as in the run that was left alone, and whether the
 final weights are the same bit for bit.
@@ -19,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -52,9 +52,6 @@ from tests.cluster.program import (
 
 STEPS_PER_FAULT = 6
 SMALL_DISK_MIB = 256
-UNTOUCHED_STEPS = 3
-"""A start that begins more steps than this after a harmless fault goes on."""
-
 PATIENCE_S = 300.0
 """Longest wait for a start to get on: many times what one takes."""
 
@@ -111,14 +108,12 @@ def srun_killed(target: Target) -> float:
 
 
 def step_daemon_killed(target: Target) -> float:
-    """Signal 9 to a node's slurmstepd: its rank goes on as an orphan, until it prints or a peer is gone."""
-    parents = [parent for rank in target.ranks() for parent in rank.parents() if _is_step(parent)]
-    return _send(signal.SIGKILL, target.draw.choice(parents))
+    """Signal 9 to the slurmstepd of rank 0, which is an orphan then, and ends at its next line of output.
 
-
-def _is_step(process: psutil.Process) -> bool:
-    words = " ".join(process.cmdline())
-    return words.startswith("slurmstepd") and "batch" not in words and "extern" not in words
+    (The other rank's is not missed before the end of the start, and not by the ranks even then.)
+    """
+    (rank,) = (rank for rank in target.ranks() if rank.environ()["SLURM_PROCID"] == "0")
+    return _send(signal.SIGKILL, next(parent for parent in rank.parents() if "slurmstepd" in parent.name()))
 
 
 def rank_stopped(target: Target) -> float:
@@ -179,9 +174,6 @@ FAULTS: dict[str, Callable[[Target], float]] = {
 }
 """What can happen to a job; each returns when it did, seconds since the epoch."""
 
-HARMLESS = ("slurmstepd killed",)
-"""Faults that a start may not even notice."""
-
 
 def order(number: int, draw: random.Random) -> list[str]:
     """So many faults, each kind as often as the others, shuffled."""
@@ -204,15 +196,13 @@ def storm(target: Target, kinds: list[str], say: Callable[[str], None]) -> list[
             target.job.report,
         )
         struck = FAULTS[kind](target)
-        row = next_row(target, start, struck, may_go_on=kind in HARMLESS)
-        begun = 1 + max(row["step"] for row in rows_of(target, start))
-        hit = row["start"] > start
+        row = first_row(target, start + 1)
+        begun = 1 + max(row["step"] for _, row in rows_seen(target.folder) if row["start"] == start)
         cost = {
             "fault": kind,
-            "ended_the_start": hit,
             "steps_begun": begun,
-            "steps_redone": begun - row["step"] if hit else 0,
-            "seconds_to_recover": round(row["time"] - struck, 1) if hit else 0.0,
+            "steps_redone": begun - row["step"],
+            "seconds_to_recover": round(row["time"] - struck, 1),
         }
         start = row["start"]
         say(str(cost))
@@ -228,32 +218,14 @@ def _has_got_on(target: Target, resumed: int, least: int) -> bool:
     return len(saved) > 1 and saved[-1].step > resumed and curve(target.folder)[-1][0] >= least
 
 
-def rows_of(target: Target, start: int) -> list[dict[str, Any]]:
-    """What the ranks noted in a start."""
-    return [row for _, row in rows_seen(target.folder) if row["start"] == start]
-
-
 def first_row(target: Target, start: int) -> dict[str, Any]:
-    """The first row of a start, once it is there."""
-    wait_until(f"start {start}", lambda: rows_of(target, start), PATIENCE_S, target.job.report)
-    return min(rows_of(target, start), key=lambda row: row["time"])
+    """The first row of a start or of a later one, once it is there."""
 
+    def rows() -> list[dict[str, Any]]:
+        return [row for _, row in rows_seen(target.folder) if row["start"] >= start]
 
-def next_row(target: Target, start: int, struck: float, *, may_go_on: bool) -> dict[str, Any]:
-    """The first row of the next start; or a late one of this start, where it may go on and does."""
-
-    def found() -> dict[str, Any] | None:
-        rows = [row for _, row in rows_seen(target.folder) if row["time"] > struck]
-        steps = sorted({row["step"] for row in rows if row["start"] == start})
-        later = [row for row in rows if row["start"] > start]
-        if may_go_on and not later and len(steps) > UNTOUCHED_STEPS:
-            later = [row for row in rows if row["step"] == steps[-1]]
-        return min(later, key=lambda row: row["time"], default=None)
-
-    wait_until("the next start", found, PATIENCE_S, target.job.report)
-    row = found()
-    assert row is not None
-    return row
+    wait_until(f"start {start}", rows, PATIENCE_S, target.job.report)
+    return min(rows(), key=lambda row: row["time"])
 
 
 def compare(struck: Path, whole: Path) -> dict[str, Any]:
@@ -310,7 +282,9 @@ def measure(root: Path, number: int, seed: int) -> dict[str, Any]:
         with small_disk(struck / "runs"):
             began = time.monotonic()
             job = submit(cluster, struck, recipe)
-            costs = storm(Target(job, struck, draw), order(number, draw), print)
+            costs = storm(
+                Target(job, struck, draw), order(number, draw), functools.partial(print, flush=True)
+            )
             struck_s = time.monotonic() - began
             outcome = compare(struck, whole)
     finally:

@@ -25,6 +25,7 @@ SHOWN = (
     "SLURM_CPUS_PER_TASK",
     "SLURMD_NODENAME",
     "MASTER_ADDR",
+    "MASTER_PORT",
     "RANK",
     "OMP_NUM_THREADS",
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -76,8 +77,11 @@ def test_a_template_starts_one_rank_per_task_and_passes_every_word(cluster: Clus
     site = "data.shards='/data/two words' view.crop_scale=(0.2,1.0) seed=$HOME"
     words = ["--set", "seed=3", "--set", "teacher.weights=a file.pth"]
     own = {"FD_SCALE_SET": site, "FD_SCALE_PYTHON": "/opt/python", "RANK": "0"}
-    job = submit(cluster, folder, "done", words=words, **own)
-    assert job.wait_for("COMPLETED", "FAILED") == "COMPLETED", job.report()
+    job = submit(cluster, folder, "done", "--hold", words=words, **own)
+    port = 20_000 + int(job.number) * 101 % 12_000
+    with socket.create_server((NODES[0], port)):  # as another job on this node might have it
+        cluster.command("scontrol", "release", job.number)
+        assert job.wait_for("COMPLETED", "FAILED") == "COMPLETED", job.report()
 
     expected = ["/opt/python", "-m", "fd_scale", "distill", "--recipe", "fd_swinv2g"]
     expected += ["--set", "data.shards=/data/two words", "--set", "view.crop_scale=(0.2,1.0)"]
@@ -91,6 +95,7 @@ def test_a_template_starts_one_rank_per_task_and_passes_every_word(cluster: Clus
             "SLURM_CPUS_PER_TASK": "2",
             "SLURMD_NODENAME": NODES[rank],
             "MASTER_ADDR": NODES[0],
+            "MASTER_PORT": str(port + 1),
             "RANK": None,
             "OMP_NUM_THREADS": "2",
         }

@@ -158,16 +158,19 @@ def evaluation_batches(
     workers: int = 0,
     decoder: Decoder = "auto",
     max_bad_fraction: float = 1e-3,
+    limit: int | None = None,
     timeout_s: float = WORKER_TIMEOUT_S,
 ) -> Iterator[Batch]:
-    """Every sample exactly once, in the order of the shards, seen through ``view.centre_view``.
+    """Every sample exactly once, or the first ``limit``, in the order of the shards, seen through
+    ``view.centre_view``.
 
     A rank has one contiguous part of the data set, so the parts of all ranks end to end are the whole; they
     differ by one sample at most, and the last batch of a rank may be smaller. Bad samples are not valid and
     have label -1. Raises ``ShardError`` as ``TrainLoader`` does, and so when labels are asked for and there
     are none.
     """
-    first, last = (shards.num_samples * part // world_size for part in (rank, rank + 1))
+    total = shards.num_samples if limit is None else min(limit, shards.num_samples)
+    first, last = (total * part // world_size for part in (rank, rank + 1))
     wanted = Wanted(
         views=functools.partial(_centre, crop_pct=crop_pct),
         sizes=functools.partial(_always, (size,)),

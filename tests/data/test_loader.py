@@ -368,6 +368,16 @@ def test_evaluation_sees_every_sample_once_in_order(shards, world, batch, worker
     assert torch.equal(torch.cat([b.pixels[16] for b in whole]), expected)
 
 
+@pytest.mark.parametrize(("limit", "seen"), [(1, 1), (7, 7), (1000, 29)])
+def test_evaluation_of_the_first_so_many_is_shared_alike(shards, limit, seen):
+    everything = [shards.key(s, i) for s, count in enumerate(shards.counts) for i in range(count)]
+    options = {"size": 16, "crop_pct": 0.9, "batch": 3, "world_size": 2, "limit": limit}
+    parts = [list(evaluation_batches(shards, rank=rank, **options)) for rank in range(2)]
+    assert [key for part in parts for b in part for key in b.keys] == everything[:seen]
+    first, second = (sum(map(len, part)) for part in parts)
+    assert abs(first - second) <= 1
+
+
 def test_evaluation_passes_over_empty_shards_and_masks_damage(tmp_path):
     shards = with_damage(tmp_path, {3: b""}, count=10)
     batches = list(evaluation_batches(shards, size=16, crop_pct=1.0, batch=4))

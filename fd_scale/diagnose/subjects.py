@@ -1,0 +1,262 @@
+"""Which network is meant, where does it come from, and what is it set against?
+
+A network is named as a run directory (the student of its newest checkpoint), as a file of ``fd-scale
+export``, or as ``timm:NAME[.TAG][=WEIGHTS]``; beside a run, ``teacher`` is the run's own. All come to a
+``Subject``: the backbone that evaluation sees, and the module inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fd_scale.distill import load_teachers
+from fd_scale.engine.checkpoint import Checkpoint, Pieces, committed, faults
+from fd_scale.errors import RunError, UserError
+from fd_scale.evaluate.backbone import Backbone, of_student, of_teacher
+from fd_scale.export import load_student
+from fd_scale.objective.losses import Objective
+from fd_scale.run import recipe as recipes
+from fd_scale.run.folder import RunFolder
+from fd_scale.student import TIMM, Student, build_student, map_form
+from fd_scale.teachers import Guest, Teacher, difference, load
+
+TEACHER, NONE = "teacher", "none"
+
+
+class DiagnoseError(UserError):
+    """A diagnosis that cannot be made: a network that is not one, too few images, unequal stages."""
+
+
+@dataclass(frozen=True, eq=False)
+class Distillation:
+    """A run's own loss: its student with projectors, its teachers' tokens, and their distance."""
+
+    student: Student
+    guests: Sequence[Guest]
+    objective: Objective
+
+    @property
+    def sizes(self) -> set[int]:
+        """Input sizes that it needs an image at."""
+        return {self.student.input_size, *(guest.teacher.input_size for guest in self.guests)}
+
+    def __call__(self, pixels: Mapping[int, Tensor]) -> Tensor:
+        """The sum over images of the loss of uint8 pixels (B, 3, S, S) by size S, float64, as a scalar."""
+        return self.loss(self.student(pixels[self.student.input_size]), self.taught(pixels))
+
+    def taught(self, pixels: Mapping[int, Tensor]) -> list[Tensor]:
+        """The tokens (B, M, D) of each teacher."""
+        return [guest(pixels) for guest in self.guests]
+
+    def loss(self, predicted: Sequence[Tensor], taught: Sequence[Tensor]) -> Tensor:
+        """The sum over images of the loss of tokens (B, M, D) per teacher, float64, as a scalar."""
+        count = len(taught[0])
+        valid_B = torch.ones(count, dtype=torch.bool, device=taught[0].device)
+        return self.objective(predicted, taught, valid_B).double() * count
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network that is diagnosed."""
+
+    name: str
+    """In figures: ``student, step 256``."""
+    origin: str
+    """Where it comes from, for the page."""
+    backbone: Backbone
+    network: nn.Module
+    """What runs in ``backbone``; in eval mode."""
+    distillation: Distillation | None = None
+    """Of a run's student, where its teacher was loaded."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides everything that is measured of it, as JSON."""
+        return dict(self.backbone.fingerprint)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run that a subject belongs to, for what only runs have: data, metrics, checkpoints, a teacher."""
+
+    folder: RunFolder
+    recipe: recipes.Recipe
+    checkpoint: Checkpoint
+    teachers: Sequence[Teacher]
+    """Empty where they were not wanted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """What is diagnosed, what it is set against, and the run that it comes from."""
+
+    subject: Subject
+    against: Subject | None
+    run: Run | None
+
+    @property
+    def both(self) -> list[Subject]:
+        """Before and after, in this order."""
+        return [self.subject] if self.against is None else [self.against, self.subject]
+
+
+def load_pair(
+    target: str,
+    against: str | None,
+    *,
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Pair:
+    """The networks named by ``target`` and ``against``, on ``device`` in float32.
+
+    ``against`` is ``none``, ``teacher`` (of a run; its default), or names a network as ``target`` does.
+    ``step`` chooses the checkpoint of ``target`` when that is a run. Raises ``DiagnoseError`` for a name that
+    is no network, and the errors of recipes, teachers and checkpoints.
+    """
+    device = torch.device(device)
+    run = None
+    if Path(target).is_dir():
+        run = _open_run(Path(target), step, device, with_teacher=against != NONE)
+        subject = student_of(run, run.checkpoint, device)
+    elif step is not None:
+        raise DiagnoseError(f"--step {step} chooses a checkpoint of a run, but {target} is no run directory")
+    else:
+        subject = _named(target, device)
+    if against == NONE or (against is None and run is None):
+        return Pair(subject, None, run)
+    if against in (None, TEACHER):
+        if run is None:
+            raise DiagnoseError(
+                f"--against teacher is the teacher of a run, but {target} is no run directory: name a network"
+            )
+        return Pair(subject, _of_teacher(run.teachers[0], device), run)
+    other = _named(str(against), device)
+    if other.name == subject.name:
+        other = replace(other, name=f"{other.name} (before)")
+    return Pair(subject, other, run)
+
+
+def newest_checkpoint(folder: RunFolder, step: int | None = None) -> Checkpoint:
+    """The newest checkpoint of a run, or that of ``step``, with whole files. Raises ``RunError`` for none."""
+    available = committed(folder.checkpoints)
+    wanted = [found for found in available if step in (None, found.step)]
+    if not wanted:
+        steps = ", ".join(str(found.step) for found in available)
+        raise RunError(
+            f"{folder.path} has no checkpoint yet"
+            if not available
+            else f"{folder.path} has no checkpoint of step {step}; it has {steps} (--step)"
+        )
+    if wrong := faults(wanted[-1]):
+        raise RunError(f"checkpoint {wanted[-1].path.name} is damaged: {'; '.join(wrong)} (--step)")
+    return wanted[-1]
+
+
+def student_of(run: Run, checkpoint: Checkpoint | None, device: torch.device) -> Subject:
+    """The student of a run at a checkpoint, or with the random weights that it began with (``None``)."""
+    recipe = run.recipe
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        # Without its teacher there is nothing to project to, and the backbone stands alone.
+        student = build_student(recipe, run.teachers)
+    if checkpoint is not None:
+        tensors = student_weights(checkpoint)
+        wanted = student.state_dict()
+        student.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=True)
+    student = student.eval().requires_grad_(False).to(device=device)
+    step = 0 if checkpoint is None else checkpoint.step
+    distillation = None
+    if run.teachers:
+        guests = [Guest(teacher, recipe.objective) for teacher in run.teachers]
+        distillation = Distillation(student, guests, Objective(recipe.objective))
+    return Subject(
+        name=f"student, step {step:,}",
+        origin=f"{recipe.student.architecture}, {run.folder.path.name}, step {step:,} of {recipe.steps:,}",
+        backbone=of_student(student, name=recipe.student.architecture),
+        network=student.backbone,
+        distillation=distillation,
+    )
+
+
+def student_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Parameters (float32) and buffers of backbone and projectors, by the student's own names."""
+    pieces = Pieces(checkpoint)
+    return {
+        name: pieces.whole("master", name) for name in checkpoint.manifest["parameters"]
+    } | pieces.buffers()
+
+
+def _open_run(path: Path, step: int | None, device: torch.device, *, with_teacher: bool) -> Run:
+    folder = RunFolder.at(path)
+    recipe = folder.read_recipe()
+    checkpoint = newest_checkpoint(folder, step)
+    teachers = load_teachers(recipe, device, torch.float32) if with_teacher else []
+    differing = difference(checkpoint.facts["teacher"], teachers[0].fingerprint) if teachers else []
+    if differing:
+        raise RunError(f"{checkpoint.path} was made with another teacher: {'; '.join(differing)}")
+    return Run(folder, recipe, checkpoint, teachers)
+
+
+def _of_teacher(teacher: Teacher, device: torch.device) -> Subject:
+    network = getattr(teacher, "network", None)
+    if not isinstance(network, nn.Module):
+        raise DiagnoseError(f"teacher {teacher.name} is spread over processes; one that is whole is needed")
+    weights = teacher.fingerprint["weights"]
+    origin = f"{teacher.name}, weights {weights}"
+    return Subject("teacher", origin, of_teacher(teacher, device), network)
+
+
+def _named(text: str, device: torch.device) -> Subject:
+    if text.startswith(TIMM):
+        return _of_timm(text.removeprefix(TIMM), device)
+    path = Path(text)
+    if path.is_dir():
+        run = _open_run(path, None, device, with_teacher=False)
+        return student_of(run, run.checkpoint, device)
+    if path.is_file():
+        return _of_export(path, device)
+    raise DiagnoseError(
+        f"{text!r} is neither a run directory, nor a file of exported weights, nor timm:NAME[.TAG][=WEIGHTS]"
+    )
+
+
+def _of_timm(text: str, device: torch.device) -> Subject:
+    """``NAME.TAG`` with published weights; ``NAME=WEIGHTS`` or ``NAME.TAG=WEIGHTS`` with others, where the
+    tag says whose mean and std they were trained with."""
+    full, _, weights = text.partition("=")
+    name, _, tag = full.partition(".")
+    if not weights and not tag:
+        raise DiagnoseError(
+            f"timm:{text} names no weights: give timm:{name}.TAG for published ones, timm:{name}=FILE for a "
+            f"local file, or timm:{name}=random"
+        )
+    spec = recipes.Teacher(
+        library="timm",
+        architecture=name,
+        weights=weights or tag,
+        arguments={"pretrained_cfg": tag} if weights and tag else {},
+    )
+    teacher = load(spec, device=device, dtype=torch.float32, seed=0)
+    return replace(_of_teacher(teacher, device), name=full, origin=f"timm:{text}")
+
+
+def _of_export(weights: Path, device: torch.device) -> Subject:
+    try:
+        network = load_student(weights)
+    except RunError as error:
+        raise DiagnoseError(f"{error}; for a file of timm's, give timm:NAME={weights}") from error
+    with safe_open(weights, framework="pt") as file:
+        spec = recipes.Student.model_validate_json(file.metadata()["student"])
+    form = map_form(network, spec)
+    # The evaluation's view of a student, without projectors: what they would project to is not known here.
+    student = Student(network, form, [], input_size=spec.input_size, objective=recipes.Objective())
+    student = student.eval().requires_grad_(False).to(device=device)
+    backbone = of_student(student, name=spec.architecture)
+    return Subject(weights.stem, f"{spec.architecture}, {weights.name}", backbone, student.backbone)

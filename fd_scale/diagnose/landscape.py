@@ -29,8 +29,12 @@ from fd_scale.diagnose.parts import Parts, slug
 from fd_scale.diagnose.subjects import DiagnoseError
 from fd_scale.run.world import World
 
-Stage = Literal["raw", "linear head"]
-"""As distilled or pretrained, or under a linear classifier of frozen features."""
+Stage = Literal["raw", "linear head", "fine-tuned"]
+"""As distilled or pretrained, under a linear classifier of frozen features, or with a classifier that the
+network was fine-tuned with."""
+
+Point = Mapping[int, float]
+"""Alpha by number of a line."""
 
 SHORTEST = 1e-10
 """Added to the length of a filter of noise before dividing by it (Li et al., released code)."""
@@ -132,12 +136,12 @@ def measure(
     world: World,
     parts: Parts,
     *,
-    on_part: Callable[[str], None] = lambda _: None,
+    on_points: Callable[[int], None] = lambda _: None,
 ) -> Landscape:
     """The curves of a task along ``grid.directions`` lines. Collective.
 
     ``batches`` are this process's share of the images, on the task's device. Each finished direction is kept
-    in ``parts`` and not computed again; ``on_part`` hears of it.
+    in ``parts`` and not computed again; ``on_points`` hears how many of ``directions x points`` are done.
     """
     num_images = _total(batches, world)
     facts = {**task.facts, "alpha": 0}
@@ -151,15 +155,20 @@ def measure(
     for number in range(grid.directions):
         facts = {**task.facts, "alphas": grid.alphas, "seed": grid.seed, "direction": number}
         points = [{number: alpha} for alpha in grid.alphas if alpha != 0]
+        on_more = _counted_from(number * grid.points, on_points)
 
-        def compute(number: int = number, points: Sequence[Mapping[int, float]] = points) -> Tensor:
-            line = direction(task.parameters, seed=grid.seed, number=number)
-            return evaluate(task, batches, {number: line}, points, world) / num_images
+        def compute(
+            number: int = number,
+            points: Sequence[Point] = points,
+            on_more: Callable[[int], None] = on_more,
+        ) -> Tensor:
+            lines = {number: direction(task.parameters, seed=grid.seed, number=number)}
+            return evaluate(task, batches, lines, points, world, on_points=on_more) / num_images
 
         sides = parts.kept(world, f"landscape-{_slug(task)}-{number}", facts, compute)
         half = len(sides) // 2
         rows.append(torch.cat((sides[:half], middle, sides[half:])))
-        on_part(f"{task.network}, {task.quantities[0]}: direction {number + 1} of {grid.directions}")
+        on_more(grid.points)
     values = torch.stack(rows)
     curves = {quantity: values[:, :, place] for place, quantity in enumerate(task.quantities)}
     return Landscape(task.network, task.stage, grid.alphas, curves, num_images)
@@ -172,21 +181,25 @@ def measure_surface(
     world: World,
     parts: Parts,
     *,
-    on_part: Callable[[str], None] = lambda _: None,
+    on_points: Callable[[int], None] = lambda _: None,
 ) -> Surface:
-    """The loss over the plane of the first two directions; each row of the plane is a part. Collective."""
+    """The loss over the plane of the first two directions; each row of the plane is a part. Collective.
+
+    ``on_points`` hears how many of ``points x points`` are done.
+    """
     num_images = _total(batches, world)
     lines = {number: direction(task.parameters, seed=grid.seed, number=number) for number in (0, 1)}
     rows = []
     for place, alpha in enumerate(grid.alphas):
         facts = {**task.facts, "alphas": grid.alphas, "seed": grid.seed, "row": place}
         points = [{0: alpha, 1: other} for other in grid.alphas]
+        on_more = _counted_from(place * grid.points, on_points)
 
-        def compute(points: Sequence[Mapping[int, float]] = points) -> Tensor:
-            return evaluate(task, batches, lines, points, world) / num_images
+        def compute(points: Sequence[Point] = points, on_more: Callable[[int], None] = on_more) -> Tensor:
+            return evaluate(task, batches, lines, points, world, on_points=on_more) / num_images
 
         rows.append(parts.kept(world, f"surface-{_slug(task)}-{place}", facts, compute))
-        on_part(f"{task.network}, {task.quantities[0]}: row {place + 1} of {grid.points}")
+        on_more(grid.points)
     values = torch.stack(rows)
     heights = {quantity: values[:, :, place] for place, quantity in enumerate(task.quantities)}
     return Surface(task.network, task.stage, grid.alphas, heights)
@@ -197,13 +210,15 @@ def evaluate(
     task: Task,
     batches: Sequence[Tensor],
     lines: Mapping[int, Mapping[str, Tensor]],
-    points: Sequence[Mapping[int, float]],
+    points: Sequence[Point],
     world: World,
+    *,
+    on_points: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Sums over the images of all processes, float64 (points, quantities) on the CPU. Collective.
 
     A point gives the alpha of each of the ``lines``. Where all are 0, the network's own weights are used, so
-    that it is reproduced bit for bit.
+    that it is reproduced bit for bit. ``on_points`` hears how many points this process has done.
     """
     parameters = task.parameters
     sums = torch.zeros(len(points), len(task.quantities), dtype=torch.float64)
@@ -212,6 +227,7 @@ def evaluate(
         for number, pixels in enumerate(batches):
             output = functional_call(task.module, moved, (pixels,))
             sums[place] += task.score(output, number).double().cpu()
+        on_points(place + 1)
     if world.size > 1:
         total = sums.to(world.device)
         dist.all_reduce(total)
@@ -220,7 +236,7 @@ def evaluate(
 
 
 def moved_by(
-    parameters: Mapping[str, Tensor], lines: Mapping[int, Mapping[str, Tensor]], point: Mapping[int, float]
+    parameters: Mapping[str, Tensor], lines: Mapping[int, Mapping[str, Tensor]], point: Point
 ) -> dict[str, Tensor]:
     """``weights + sum of alpha x direction``, new tensors; the very same ones where every alpha is 0."""
     moved = dict(parameters)
@@ -316,6 +332,10 @@ def _total(batches: Sequence[Tensor], world: World) -> int:
     if total == 0:
         raise DiagnoseError("a landscape needs at least one readable image")
     return total
+
+
+def _counted_from(first: int, on_points: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda done: on_points(first + done)
 
 
 def _slug(task: Task) -> str:

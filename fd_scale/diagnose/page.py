@@ -111,6 +111,15 @@ CHAPTERS: Sequence[Chapter] = (
                 "to be compared with one.",
             ),
             Question(
+                "How flat are the fine-tuned networks?",
+                partial(figures_weights.landscape_figure, stage="fine-tuned"),
+                "Left, how fast the loss of the fine-tuned network rises, right, how fast its accuracy falls "
+                "as its weights are moved.",
+                "Cross entropy and top-1 accuracy of the networks with the classifiers that they were "
+                "fine-tuned with; all filters are moved, the classifier's too. This is the stage that the "
+                "papers plot.",
+            ),
+            Question(
                 "What does the valley look like from above?",
                 figures_weights.surface_figure,
                 "Wide, round rings are a flat valley; dense or ragged ones a steep one.",

@@ -7,7 +7,7 @@ export``, or as ``timm:NAME[.TAG][=WEIGHTS]``; beside a run, ``teacher`` is the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from fd_scale.errors import RunError, UserError
 from fd_scale.evaluate.backbone import Backbone, of_student, of_teacher
 from fd_scale.export import load_student
 from fd_scale.objective.losses import Objective
+from fd_scale.pixels import normalise
 from fd_scale.run import recipe as recipes
 from fd_scale.run.folder import RunFolder
 from fd_scale.student import TIMM, Student, build_student, map_form
 from fd_scale.teachers import Guest, Teacher, difference, load
+from fd_scale.teachers.timm import load_classifier
 
 TEACHER, NONE = "teacher", "none"
 
@@ -62,6 +64,20 @@ class Distillation:
         return self.objective(predicted, taught, valid_B).double() * count
 
 
+class Classifier(nn.Module):
+    """A fine-tuned network as it classifies: uint8 pixels (B, 3, S, S) to logits (B, K)."""
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The logits of pixels on the network's device."""
+        logits: Tensor = self.network(normalise(pixels, self.mean, self.std, torch.float32))
+        return logits
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A network that is diagnosed."""
@@ -75,6 +91,8 @@ class Subject:
     """What runs in ``backbone``; in eval mode."""
     distillation: Distillation | None = None
     """Of a run's student, where its teacher was loaded."""
+    classifier: Callable[[], Classifier] | None = None
+    """Loads the network whole, where its weights may bring a classifier of their own."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -244,7 +262,12 @@ def _of_timm(text: str, device: torch.device) -> Subject:
         arguments={"pretrained_cfg": tag} if weights and tag else {},
     )
     teacher = load(spec, device=device, dtype=torch.float32, seed=0)
-    return replace(_of_teacher(teacher, device), name=full, origin=f"timm:{text}")
+
+    def classifier() -> Classifier:
+        return Classifier(load_classifier(spec, device=device), teacher.mean, teacher.std)
+
+    found = _of_teacher(teacher, device)
+    return replace(found, name=full, origin=f"timm:{text}", classifier=classifier)
 
 
 def _of_export(weights: Path, device: torch.device) -> Subject:

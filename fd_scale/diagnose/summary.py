@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from fd_scale.diagnose.landscape import flatness
+from fd_scale.diagnose.landscape import Stage, flatness
 from fd_scale.diagnose.results import Results, Side
 from fd_scale.diagnose.tasks import CROSS_ENTROPY, SHIFT
 
@@ -20,6 +20,27 @@ Expected = Literal["up", "down"] | None
 
 ALIKE = 0.02
 """Relative change below which two numbers are called alike."""
+FLATNESS: Mapping[Stage, tuple[str, str, Expected, str]] = {
+    "raw": (
+        "Shift of the map at 0.25",
+        SHIFT,
+        None,
+        "How far the map moves when weights move by 0.25 of their length: less is flatter.",
+    ),
+    "linear head": (
+        "Rise of cross entropy at 0.25",
+        CROSS_ENTROPY,
+        None,
+        "How much the loss of a linear head rises at 0.25: less is flatter.",
+    ),
+    "fine-tuned": (
+        "Rise of cross entropy at 0.25, fine-tuned",
+        CROSS_ENTROPY,
+        "down",
+        "How much the loss of the fine-tuned network rises at 0.25: less is flatter.",
+    ),
+}
+"""By stage: name, quantity, what the papers report, meaning. The papers plot fine-tuned networks alone."""
 
 
 @dataclass(frozen=True)
@@ -157,17 +178,13 @@ def _tokens(results: Results) -> list[Headline]:
 
 def _landscape(results: Results) -> list[Headline]:
     found = []
-    for quantity, stage, meaning in (
-        (SHIFT, "raw", "How far the map moves when weights move by 0.25 of their length: less is flatter."),
-        (CROSS_ENTROPY, "linear head", "How much the loss of a linear head rises at 0.25: less is flatter."),
-    ):
+    for stage, (name, quantity, expected, meaning) in FLATNESS.items():
         rises = {
             landscape.network: flatness(landscape, quantity).rise_at_quarter
             for landscape in results.landscapes
-            if quantity in landscape.curves
+            if landscape.stage == stage and quantity in landscape.curves
         }
         if results.after.name in rises:
             before = rises.get(results.before.name) if results.before else None
-            name = f"Rise of {quantity} at 0.25" if stage != "raw" else "Shift of the map at 0.25"
-            found.append(Headline(name, "", before, rises[results.after.name], None, meaning, 4))
+            found.append(Headline(name, "", before, rises[results.after.name], expected, meaning, 4))
     return found

@@ -4,6 +4,7 @@ Stage ``raw``: a run's own distillation loss, and for any network how far its ow
 whitened, in the paper's smooth L1), which needs neither labels nor a teacher and can be set side by side.
 Stage ``linear head``: cross entropy and accuracy of a linear classifier of mean patches, fitted on other
 images with the network frozen; it stands in where there is no fine-tuned network, and is called so.
+Stage ``fine-tuned``: the same of networks that bring a classifier, as in the papers.
 
 Shape letters: B images, N tokens, D channels, n images.
 """
@@ -27,6 +28,7 @@ from fd_scale.objective.features import Features
 from fd_scale.objective.losses import whitened_smooth_l1
 from fd_scale.objective.targets import whiten
 from fd_scale.run.world import World
+from fd_scale.teachers.fingerprint import digest
 
 DISTILLATION, SHIFT = "distillation loss", "shift of its own map"
 CROSS_ENTROPY, TOP1 = "cross entropy", "top-1 accuracy"
@@ -145,10 +147,7 @@ def head(subject: Subject, data: HeadData, facts: dict[str, Any]) -> Task:
     """Cross entropy and accuracy under the linear head."""
 
     def score(moved: Features, number: int) -> Tensor:
-        logits = data.classifier.logits(pool(moved)[GAP])
-        labels_B = data.labels[number]
-        cost = F.cross_entropy(logits, labels_B, reduction="sum")
-        return torch.stack((cost, (logits.argmax(dim=1) == labels_B).sum().to(cost)))
+        return classified(data.classifier.logits(pool(moved)[GAP]), data.labels[number])
 
     return Task(
         network=subject.name,
@@ -159,6 +158,60 @@ def head(subject: Subject, data: HeadData, facts: dict[str, Any]) -> Task:
         score=score,
         facts={**facts, "network": subject.facts, "loss": CROSS_ENTROPY, "fitted": data.num_fitted, "l2": L2},
     )
+
+
+def fine_tuned(
+    subject: Subject,
+    batches: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    facts: dict[str, Any],
+    *,
+    num_classes: int | None = None,
+) -> Task:
+    """Cross entropy and accuracy of a fine-tuned network, whose weights are all moved, the classifier's too.
+
+    ``batches`` and ``labels`` lie on its device; ``num_classes`` is how many the data say that they have.
+    Raises ``DiagnoseError`` for a network without a classifier, or with one of other classes.
+    """
+    if subject.classifier is None:
+        raise DiagnoseError(
+            f"{subject.name} has no classifier of its own, so no fine-tuned stage: name fine-tuned networks "
+            "(timm:NAME.TAG, timm:NAME=FILE), or leave out --fine-tuned"
+        )
+    classifier = subject.classifier()
+
+    def score(logits: Tensor, number: int) -> Tensor:
+        return classified(logits, labels[number])
+
+    with torch.no_grad():
+        known = classifier(torch.zeros_like(batches[0][:1])).shape[1] if batches else num_classes
+    wanted = num_classes or 1 + max((int(labels_B.max()) for labels_B in labels), default=-1)
+    if known is not None and (wanted > known or num_classes not in (None, known)):
+        raise DiagnoseError(
+            f"{subject.name} tells {known} classes apart, and the data have {wanted}: give --data of the "
+            "classes that it was fine-tuned on"
+        )
+    return Task(
+        network=subject.name,
+        stage="fine-tuned",
+        quantities=(CROSS_ENTROPY, TOP1),
+        module=classifier,
+        moved="network.",
+        score=score,
+        facts={
+            **facts,
+            "network": subject.facts,
+            "loss": CROSS_ENTROPY,
+            "stage": "fine-tuned",
+            "classifier": digest(classifier.state_dict()),
+        },
+    )
+
+
+def classified(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """Sums over images of cross entropy and of right answers, (2,)."""
+    cost = F.cross_entropy(logits_BK.float(), labels_B, reduction="sum")
+    return torch.stack((cost, (logits_BK.argmax(dim=1) == labels_B).sum().to(cost)))
 
 
 def _distillation_of(subject: Subject) -> Distillation:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import QuickGELU
-from timm.models import get_arch_pretrained_cfgs, is_model
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 from torch import Tensor, nn
 
 from fd_scale import timm_maps
@@ -59,6 +59,41 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
     )
 
 
+def load_classifier(spec: recipes.Teacher, *, device: torch.device) -> nn.Module:
+    """The same network whole, with the classifier that its weights bring: normalised pixels to logits (B, K),
+    float32, frozen. What diagnostics move is this; teachers never have it.
+
+    Raises ``TeacherError`` as ``load`` does, and for weights that bring no classifier.
+    """
+    where = weights.source(spec.weights)
+    arguments = dict(spec.arguments)
+    try:
+        tag = _tag(spec.architecture, where, arguments.pop(STATISTICS, None))
+        num_classes = _num_classes(spec.architecture, where, tag)
+        network = _loaded(spec, where, tag, arguments, seed=0, num_classes=num_classes)
+    except ArchitectureError as error:
+        raise TeacherError(f"{error} (teacher.architecture, teacher.arguments)") from error
+    return network.eval().requires_grad_(False).to(device)
+
+
+def _num_classes(architecture: str, where: Source, tag: str | None) -> int:
+    """What the classifier tells apart. Raises ``TeacherError`` for weights without one."""
+    found = 0
+    if where.path is not None:
+        tensors = weights.read(where).tensors
+        name = _classifiers(get_pretrained_cfg(architecture).classifier)[0]
+        # As the authors of Swin name it, and as timm has it after conversion.
+        names = (f"{name}.weight", f"{name.partition('.')[0]}.weight")
+        found = next((len(tensors[name]) for name in names if name in tensors), 0)
+    elif not where.is_random:
+        found = int(get_arch_pretrained_cfgs(architecture)[f"{architecture}.{tag}"].num_classes)
+    if found < 2:
+        raise TeacherError(
+            f"weights {where.label} of {architecture} bring no classifier: a fine-tuned network is needed"
+        )
+    return found
+
+
 def _tag(architecture: str, where: Source, asked: Any) -> str | None:
     """The tag whose weights are wanted, or whose mean, std and size a file shares; None for the
     architecture's own.
@@ -95,9 +130,14 @@ def _published(architecture: str) -> dict[str, weights.Statistics]:
 
 
 def _loaded(
-    spec: recipes.Teacher, where: Source, tag: str | None, arguments: Mapping[str, Any], seed: int
+    spec: recipes.Teacher,
+    where: Source,
+    tag: str | None,
+    arguments: Mapping[str, Any],
+    seed: int,
+    num_classes: int = 0,
 ) -> nn.Module:
-    """The network with its weights."""
+    """The network with its weights; of a file, with a classifier of ``num_classes`` or none."""
     build = partial(
         timm_maps.build,
         spec.architecture,
@@ -116,7 +156,7 @@ def _loaded(
             raise
         except Exception as error:  # the hub's clients raise errors that have no base in common
             raise weights.hub_failure(where.text, spec.architecture, error) from error
-    network = build(num_classes=0)
+    network = build(num_classes=num_classes)
     _fill(network, spec.architecture, weights.read(where))
     return network
 
@@ -128,10 +168,13 @@ def _fill(network: nn.Module, architecture: str, checkpoint: Checkpoint) -> None
     tensors = _converted(network, architecture, checkpoint)
     weights.warn_of_resampling(checkpoint.label, checkpoint.tensors, tensors)
     settings: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
-    classifiers = settings.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    heads = (*HEADS, *(f"{name}." for name in classifiers))
+    heads = (*HEADS, *(f"{name}." for name in _classifiers(settings.get("classifier"))))
     weights.fit(network, tensors, of=checkpoint.label, into=architecture, heads=heads)
+
+
+def _classifiers(named: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The modules that timm calls the classifiers of a network."""
+    return (named,) if isinstance(named, str) else tuple(named or ())
 
 
 def _converted(network: nn.Module, architecture: str, checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 
 from fd_scale.data.index import ShardSet
 from fd_scale.data.pack import pack
 from fd_scale.diagnose import tasks
 from fd_scale.diagnose.images import Images
 from fd_scale.diagnose.landscape import direction, evaluate
-from fd_scale.diagnose.subjects import DiagnoseError, load_pair
+from fd_scale.diagnose.subjects import DiagnoseError, Subject, load_pair
+from fd_scale.errors import TeacherError
 from fd_scale.run.world import World
 from tests.data.pictures import image_folder
 from tests.diagnose.tiny import ALONE, SMALL, own_subject, pixels, timm_subject
+from tests.teachers.tiny import saved, shaken
 
 BATCHES = list(pixels(5).split(2))
 
@@ -73,3 +77,46 @@ def test_a_head_needs_two_classes(tmp_path: Path, world: World) -> None:
         tasks.fit_head(
             own_subject("vit_micro_patch8"), Images(ShardSet.open(tmp_path / "shards"), 6), 3, world
         )
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """A network of timm whose file has a classifier of three classes."""
+    torch.manual_seed(0)
+    network = shaken(timm.create_model("test_vit", num_classes=3))
+    path = saved(network.state_dict(), tmp_path_factory.mktemp("weights") / "fine.safetensors")
+    return load_pair(f"timm:test_vit.r160_in1k={path}", None).subject
+
+
+@torch.no_grad()
+def test_a_fine_tuned_network_is_measured_by_its_own_classifier(fine_tuned: Subject) -> None:
+    side = fine_tuned.backbone.input_size
+    batches = [pixels(3, side), pixels(2, side, seed=1)]
+    labels = [torch.tensor([0, 1, 2]), torch.tensor([2, 2])]
+    task = tasks.fine_tuned(fine_tuned, batches, labels, {}, num_classes=3)
+    line = direction(task.parameters, seed=0, number=0)
+    assert {"network.head.weight", "network.blocks.0.attn.qkv.weight"} < line.keys()
+    found = evaluate(task, batches, {0: line}, [{}, {0: 0.5}], ALONE)
+    network = task.module.network
+    for row, alpha in zip(found, (0.0, 0.5), strict=True):
+        for name, parameter in network.named_parameters():
+            parameter += alpha * line.get(f"network.{name}", torch.zeros(()))
+        settings = network.pretrained_cfg
+        values = TF.normalize(torch.cat(batches) / 255, settings["mean"], settings["std"])
+        logits, wanted = network.double()(values.double()), torch.cat(labels)
+        network.float()
+        assert float(row[0]) == pytest.approx(float(F.cross_entropy(logits, wanted) * 5), rel=1e-5)
+        assert float(row[1]) == float((logits.argmax(dim=1) == wanted).sum())
+
+
+def test_a_fine_tuned_network_must_know_the_classes_of_the_data(fine_tuned: Subject) -> None:
+    batches = [pixels(2, fine_tuned.backbone.input_size)]
+    with pytest.raises(DiagnoseError, match="tells 3 classes apart, and the data have 4: give --data"):
+        tasks.fine_tuned(fine_tuned, batches, [torch.tensor([0, 3])], {})
+    with pytest.raises(DiagnoseError, match="tells 3 classes apart, and the data have 2"):
+        tasks.fine_tuned(fine_tuned, batches, [torch.tensor([0, 1])], {}, num_classes=2)
+    with pytest.raises(DiagnoseError, match="vit_micro_patch8 has no classifier of its own"):
+        tasks.fine_tuned(own_subject("vit_micro_patch8"), [], [], {})
+    bare = load_pair("timm:test_vit=random", None).subject
+    with pytest.raises(TeacherError, match="weights random of test_vit bring no classifier"):
+        tasks.fine_tuned(bare, [], [], {})

@@ -29,6 +29,7 @@ demo: $(READY)
 
 test: $(READY)
 	@tests/cluster/install.sh || true
+	@tests/diagnose/install.sh || true
 	$(BIN)/pytest
 
 test-slurm: $(READY)
@@ -45,4 +46,4 @@ bench: $(READY)
 		echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_out
+	rm -rf $(VENV) build dist *.egg-info demo_out diagnose_out

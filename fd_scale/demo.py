@@ -11,6 +11,7 @@ Shape letters: B images, N patches.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -316,6 +317,13 @@ def _tell_end(story: Story, out: Path, folder: RunFolder, rows: Rows) -> None:
     story.console.print(f"\n{total_s / 60:.1f} minutes. Look at {out}:", style="bold", soft_wrap=True)
     for name in ("README.md", "feature_maps.png", "loss.png"):
         story.say(str(out / name))
+    story.console.print("What distillation changed inside, as one page in about two minutes:", style="bold")
+    story.say(diagnosis(folder.path))
+
+
+def diagnosis(run: Path) -> str:
+    """The command that explains a run."""
+    return shlex.join([sys.executable, "-m", "fd_scale", "diagnose", str(run)])
 
 
 def _readme(rows: Rows, lines: list[str], run: Path) -> str:
@@ -342,4 +350,6 @@ scenes, without labels.
 | `shards` | the scenes as tar shards |
 | `distill.log` | all that the two processes said |
 | `summary.json` | the table, the verdict and the times, for programs |
+
+What distillation changed inside the network, as one page: `fd-scale diagnose {run}`
 """

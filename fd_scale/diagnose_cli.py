@@ -75,6 +75,14 @@ def diagnose(
     surface: Annotated[
         bool, typer.Option("--surface", help="Measure the plane of two directions too: points x points.")
     ] = False,
+    fine_tuned: Annotated[
+        bool,
+        typer.Option(
+            "--fine-tuned",
+            help="Both networks bring the classifier that they were fine-tuned with on the classes of the "
+            "data (timm:NAME.TAG, timm:NAME=FILE): measure its loss and accuracy, as the papers do.",
+        ),
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images at once; changes no number.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes; 0 decodes in this one.")] = 0,
     bf16: Annotated[
@@ -91,6 +99,7 @@ def diagnose(
     from fd_scale.diagnose.landscape import Grid
     from fd_scale.diagnose.launch import launch
     from fd_scale.diagnose.session import Request
+    from fd_scale.diagnose.teller import Teller
 
     request = Request(
         target=target,
@@ -107,6 +116,7 @@ def diagnose(
         landscape_images=landscape_images,
         grid=Grid(points=points, radius=radius, directions=directions, seed=seed),
         with_surface=surface,
+        fine_tuned=fine_tuned,
     )
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    launch(request, say=console.print, live=live)
+    launch(request, teller=Teller(console.print, console if console.is_terminal else None), live=live)

@@ -1,11 +1,16 @@
 """The demo: it says what the numbers say, clears only what it made, and its teacher is a teacher."""
 
+import shlex
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import typer
 from rich.console import Console
 
 from fd_scale import demo
+from fd_scale.cli import app
 from fd_scale.data.scenes import IGNORED
 from fd_scale.demo import AFTER, BEFORE, TEACHER, difference, verdict
 from fd_scale.demo_teacher import patch_classes, pretrain
@@ -133,3 +138,11 @@ def test_chapters_are_numbered_and_timed():
     for words in ("[1/2] One", "[2/2] Two", "[not markup]"):
         assert words in text
     assert list(story.seconds) == ["One", "Two"]
+
+
+def test_the_command_that_it_prints_at_the_end_is_one(tmp_path):
+    run = tmp_path / "a run"
+    python, dash_m, module, *words = shlex.split(demo.diagnosis(run))
+    assert (Path(python).exists(), dash_m, module) == (True, "-m", "fd_scale")
+    command = typer.main.get_command(app).commands[words[0]]
+    assert command.make_context("fd-scale", words[1:]).params["target"] == str(run)

@@ -43,10 +43,10 @@ def drift(
     batches: Sequence[dict[int, Tensor]],
     device: torch.device,
     *,
-    on_step: Callable[[int], None] = lambda _: None,
+    on_checkpoint: Callable[[int], None] = lambda _: None,
 ) -> Drift:
     """Look at every kept checkpoint up to the diagnosed one; ``batches`` are uint8 pixels on
-    the device, by input size."""
+    the device, by input size; ``on_checkpoint`` hears how many are done."""
     kept = [found for found in committed(run.folder.checkpoints) if found.step <= run.checkpoint.step]
     last = student_of(run, run.checkpoint, device)
     reference = {name: tensor.cpu() for name, tensor in last.network.named_parameters()}
@@ -61,7 +61,7 @@ def drift(
         distances.append(_length(change) / length)
         similarities.append(float(cka([_pooled(subject, batches)], [features])))
         losses += _loss(subject, batches)
-        on_step(steps[-1])
+        on_checkpoint(len(steps))
     count = len(features)
     return Drift(steps, distances, similarities, losses, count)
 

@@ -30,6 +30,9 @@ def distance_figure(results: Results) -> Drawing | None:
         figure, axes = panels(1, len(sides) + 1, height=3.1)
         for side, panel in zip(sides, axes, strict=False):
             _heads(panel, side)
+        windowed = {side.anatomy.is_windowed for side in sides}
+        for panel in axes[1 : len(sides)] if len(windowed) == 1 else ():
+            panel.set_ylabel("")
         _share_range(axes[: len(sides)])
         spread = axes[-1]
         for side in sides:

@@ -102,7 +102,7 @@ def spectrum_figure(results: Results) -> Drawing | None:
         _layer_ticks(axes[0], sides)
         axes[1].set_title("Variance explained, final map")
         axes[1].set_xscale("log")
-        axes[1].xaxis.set_major_formatter(ScalarFormatter())
+        axes[1].xaxis.set_major_formatter("{x:g}")
         axes[1].set_xlabel("first directions")
         axes[1].set_ylim(0, 1.02)
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))

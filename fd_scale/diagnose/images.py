@@ -8,6 +8,7 @@ Shape letters: B images, S pixels.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fd_scale.data.decode import decode
 from fd_scale.data.faults import SampleError
-from fd_scale.data.index import ShardSet
+from fd_scale.data.index import MANIFEST, ShardSet
 from fd_scale.data.loader import evaluation_batches
 from fd_scale.data.view import centre_view
 from fd_scale.diagnose.subjects import DiagnoseError, Subject
@@ -58,7 +59,10 @@ class Images:
     @property
     def facts(self) -> dict[str, object]:
         """What decides which pixels are seen, as JSON."""
-        return {"data": self.shards.fingerprint, "images": self.count, "crop_pct": CROP_PCT}
+        # The fingerprint knows shards by their sizes; the manifest has their SHA-256 where we packed them.
+        manifest = hashlib.sha256((self.shards.folder / MANIFEST).read_bytes()).hexdigest()
+        data = {"data": self.shards.fingerprint, "manifest": manifest}
+        return {**data, "images": self.count, "crop_pct": CROP_PCT}
 
     def _seen(self, size: int, world: World, *, labels: bool) -> Iterator[Seen]:
         place = self.count * world.rank // world.size

@@ -6,7 +6,7 @@ command, and one more checkpoint of a run costs one more student, not one more t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fd_scale.diagnose.similarity import MIN_IMAGES, cka
 from fd_scale.diagnose.single_images import look_at
 from fd_scale.diagnose.subjects import DiagnoseError, Pair, Run, Subject, load_pair
 from fd_scale.diagnose.survey import Survey, survey
+from fd_scale.diagnose.teller import SILENT, Teller
 from fd_scale.distill import open_shards
 from fd_scale.engine.checkpoint import committed
 from fd_scale.run.report import read_metrics
@@ -69,14 +70,14 @@ class Request:
     landscape_images: int | None = None
     grid: Grid = field(default_factory=Grid)
     with_surface: bool = False
+    fine_tuned: bool = False
+    """Whether both networks bring the classifier that they were fine-tuned with, whose loss is wanted."""
 
 
-def diagnose(
-    request: Request, world: World, *, say: Callable[[str], None] = print, live: bool = False
-) -> Path:
+def diagnose(request: Request, world: World, *, teller: Teller | None = None, live: bool = False) -> Path:
     """Diagnose, and write the page; returns its path. Collective.
 
-    ``say`` gets a line per finished part, on one process. Raises ``UserError`` for anything that the user can
+    ``teller`` hears how far it is, on one process. Raises ``UserError`` for anything that the user can
     put right.
     """
     pair = world.together(
@@ -84,10 +85,11 @@ def diagnose(
     )
     chosen = world.together(lambda: _choose_images(request, pair))
     out = _out_folder(request, pair)
-    session = Session(request, pair, chosen, world, Parts(out / "parts"), say if world.is_main else _silent)
+    told = teller or Teller() if world.is_main else SILENT
+    session = Session(request, pair, chosen, world, Parts(out / "parts"), told)
     results = session.run()
     page = world.on_main(lambda: write(results, out, live=live))
-    session.say(f"page: {page}")
+    told.say(f"page: {page}")
     return page
 
 
@@ -100,18 +102,19 @@ class Session:
     images: Images
     world: World
     parts: Parts
-    say: Callable[[str], None]
+    teller: Teller
     notes: list[str] = field(default_factory=list)
     """What cannot be shown, and why."""
 
     def run(self) -> Results:
         """All that there is to find. Collective."""
         names = " against ".join(subject.name for subject in reversed(self.pair.both))
-        self.say(f"{names}: {self.images.count:,} of {self.images.shards.num_samples:,} images")
+        self.teller.say(f"{names}: {self.images.count:,} of {self.images.shards.num_samples:,} images")
         scored = self.images.first(self.request.landscape_images or self._landscape_count())
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.request.bf16):
-            sides = [self.side(subject) for subject in self.pair.both]
+            # First, since most of what may be wrong with a request comes to light here.
             work = self.tasks(scored) if self.request.with_landscape else []
+            sides = [self.side(subject) for subject in self.pair.both]
             curves = [self.landscape(task, batches) for task, batches in work]
             wanted = work if self.request.with_surface else []
             surfaces = [self.surface(task, batches) for task, batches in wanted]
@@ -139,7 +142,7 @@ class Session:
         facts = {**self.images.facts, "network": subject.facts, "bf16": self.request.bf16}
         name = f"survey-{slug(subject.name)}"
         record = self.parts.kept(self.world, name, facts, lambda: self._survey(subject, found).record())
-        self.say(f"attention and tokens of {subject.name}")
+        self.teller.say(f"attention and tokens of {subject.name}")
         return Side(subject.name, role, subject.origin, subject.facts, found, Survey.of_record(record))
 
     def tasks(self, scored: Images) -> list[Work]:
@@ -153,29 +156,34 @@ class Session:
             if held is not None:
                 by_size = _by_size(scored, held.sizes, self.world)
                 work.append((tasks.distillation(subject, by_size, facts), batches))
-        if not imagery.has_labels(self.images.shards):
-            self.notes.append(
-                "Landscape under a linear head: the data have no labels (give labelled shards with --data)."
-            )
-            return work
-        shards = self.images.shards
-        count = min(scored.count * (1 + tasks.FIT_PER_SCORED), shards.num_samples)
-        for subject in self.pair.both:
-            data = tasks.fit_head(subject, replace(self.images, count=count), scored.count, self.world)
-            work.append((tasks.head(subject, data, facts), data.batches))
+        if self.request.fine_tuned:
+            return work + self.world.together(lambda: self._fine_tuned(scored, facts))
+        if imagery.has_labels(self.images.shards):
+            return work + self._heads(scored.count, facts)
+        self.notes.append(
+            "Landscape under a linear head: the data have no labels (give labelled shards with --data)."
+        )
         return work
 
     def landscape(self, task: Task, batches: list[Tensor]) -> Landscape:
         """The curves of a task."""
-        return landscape.measure(
-            task, batches, self.request.grid, self.world, self.parts, on_part=self._on_part
-        )
+        grid = self.request.grid
+        title = f"landscape of {task.network}, {task.quantities[0]}"
+        with self.teller.counting(title, grid.directions * grid.points) as on_points:
+            found = landscape.measure(task, batches, grid, self.world, self.parts, on_points=on_points)
+        self.teller.say(title)
+        return found
 
     def surface(self, task: Task, batches: list[Tensor]) -> Surface:
         """The plane of a task."""
-        return landscape.measure_surface(
-            task, batches, self.request.grid, self.world, self.parts, on_part=self._on_part
-        )
+        grid = self.request.grid
+        title = f"surface of {task.network}, {task.quantities[0]}"
+        with self.teller.counting(title, grid.points**2) as on_points:
+            found = landscape.measure_surface(
+                task, batches, grid, self.world, self.parts, on_points=on_points
+            )
+        self.teller.say(title)
+        return found
 
     def layer_similarity(self, sides: Sequence[Side]) -> Tensor | None:
         """CKA of all layers of the first network with those of the last."""
@@ -227,18 +235,35 @@ class Session:
             facts["Landscape"] = f"the first {num_scored:,} images, {lines}"
         return facts if run is None else facts | {"Run": str(run.folder.path)}
 
+    def _heads(self, num_scored: int, facts: dict[str, Any]) -> list[Work]:
+        """Linear heads on frozen features of both networks."""
+        shards = self.images.shards
+        count = min(num_scored * (1 + tasks.FIT_PER_SCORED), shards.num_samples)
+        work: list[Work] = []
+        for subject in self.pair.both:
+            data = tasks.fit_head(subject, replace(self.images, count=count), num_scored, self.world)
+            work.append((tasks.head(subject, data, facts), data.batches))
+        return work
+
+    def _fine_tuned(self, scored: Images, facts: dict[str, Any]) -> list[Work]:
+        """The classifiers that both networks bring."""
+        classes = self.images.shards.classes
+        device = self.world.device
+        work: list[Work] = []
+        for subject in self.pair.both:
+            seen = list(scored.labelled(subject.backbone.input_size, self.world))
+            batches = [part.pixels.to(device) for part in seen]
+            labels = [part.labels.to(device) for part in seen]
+            num_classes = None if classes is None else len(classes)
+            task = tasks.fine_tuned(subject, batches, labels, facts, num_classes=num_classes)
+            work.append((task, batches))
+        return work
+
     def _survey(self, subject: Subject, found: Anatomy) -> Survey:
-        share = self.images.count // self.world.size
-        told = 0
-
-        def on_batch(done: int) -> None:
-            nonlocal told
-            if share > 20 * self.images.batch and 10 * done // share > told:
-                told = 10 * done // share
-                self.say(f"  {done:,} of {share:,} images")
-
         batches = self.images.batches(subject.backbone.input_size, self.world)
-        return survey(subject, found, batches, self.world, on_batch=on_batch)
+        share = self.images.count // self.world.size
+        with self.teller.counting(f"attention and tokens of {subject.name}", share) as on_batch:
+            return survey(subject, found, batches, self.world, on_batch=on_batch)
 
     def _kept_drift(self, run: Run, batches: list[dict[int, Tensor]]) -> Drift:
         """On one process: what was finished before for the same checkpoints, or made now."""
@@ -251,15 +276,12 @@ class Session:
         }
         record = self.parts.read("drift", facts)
         if record is None:
-            found = drift(
-                run, batches, self.world.device, on_step=lambda step: self.say(f"drift: step {step:,}")
-            )
+            with self.teller.counting("drift over checkpoints", len(steps) + 1) as on_checkpoint:
+                found = drift(run, batches, self.world.device, on_checkpoint=on_checkpoint)
+            self.teller.say("drift over checkpoints")
             record = asdict(found)
             self.parts.write("drift", facts, record)
         return Drift(**record)
-
-    def _on_part(self, text: str) -> None:
-        self.say(f"landscape of {text}")
 
     def _landscape_count(self) -> int:
         budget = LANDSCAPE_FLOP[self.world.device.type]
@@ -272,6 +294,9 @@ class Session:
 def _choose_images(request: Request, pair: Pair) -> Images:
     bad = pair.run.recipe.data.max_bad_fraction if pair.run else MAX_BAD_FRACTION
     shards = _open_data(request, pair)
+    for path in request.pictures:
+        # Read again when they are shown; whoever gave a wrong name hears of it now.
+        imagery.read_file(path, 1)
     return imagery.choose(
         shards, request.images, pair.both, batch=request.batch, workers=request.workers, bad=bad
     )
@@ -315,7 +340,3 @@ def _alone(world: World) -> World:
     alone = World(Place(0, 1, world.local_rank, world.launcher))
     alone.device = world.device
     return alone
-
-
-def _silent(_: str) -> None:
-    """What the other processes say."""

@@ -19,8 +19,9 @@ def test_distance_similarity_and_loss_of_every_checkpoint(run: Path) -> None:
     values = pixels(9)
     told: list[int] = []
     batches = [{32: batch} for batch in values.split(4)]
-    found = drift(found_run, batches, torch.device("cpu"), on_step=told.append)
-    assert list(found.steps) == told == [0, 2, 4, 6]
+    found = drift(found_run, batches, torch.device("cpu"), on_checkpoint=told.append)
+    assert list(found.steps) == [0, 2, 4, 6]
+    assert told == [1, 2, 3, 4]
     assert found.num_images == 9
     weights = [student_weights(one) for one in committed(run / "checkpoints")]
     names = [name for name in weights[-1] if name.startswith("backbone.")]

@@ -157,10 +157,10 @@ def test_alpha_0_is_the_network_bit_for_bit_and_nothing_is_written_to() -> None:
 
 def test_finished_parts_are_not_computed_again(world: World, tmp_path: Path) -> None:
     calls: list[int] = []
-    told: list[str] = []
-    first = measure(bowl(calls), BATCHES, GRID, world, Parts(tmp_path), on_part=told.append)
+    told: list[int] = []
+    first = measure(bowl(calls), BATCHES, GRID, world, Parts(tmp_path), on_points=told.append)
     assert len(calls) == 2 * (1 + 2 * 4)  # batches x (middle + directions x other points)
-    assert told == ["bowl, loss: direction 1 of 2", "bowl, loss: direction 2 of 2"]
+    assert told == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     files = sorted(tmp_path.glob("*.json"))
     assert [json.loads(path.read_text())["facts"]["network"] for path in files] == ["bowl"] * 3
     next(path for path in files if "-1-" in path.name).unlink()

@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
-import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from fd_scale.cli import app
 from fd_scale.diagnose.drawing import DARK, LIGHT
-from fd_scale.diagnose.launch import watch
+from fd_scale.diagnose.launch import launch, watch
+from fd_scale.diagnose.report import write
+from fd_scale.diagnose.results import Results
 from fd_scale.diagnose.session import Request
 from fd_scale.diagnose.subjects import DiagnoseError
-from fd_scale.diagnose_cli import diagnose
+from fd_scale.diagnose.teller import SILENT, Teller
 from fd_scale.run.world import World
 from tests.data.pictures import picture
 from tests.diagnose.tiny import ALONE
@@ -53,11 +55,8 @@ def out(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command makes of the small run, with everything switched on."""
     folder = tmp_path_factory.mktemp("page")
     picture(3, 50, 70).save(folder / "mine & yours.png")
-    app = typer.Typer()
-    app.command()(diagnose)
-    words = (
-        f"{run} --out {folder / 'out'} --images 20 --landscape-images 4 --directions 2 --points 5 --surface"
-    )
+    words = f"diagnose {run} --out {folder / 'out'} --images 20 --landscape-images 4 --surface"
+    words += " --directions 2 --points 5"
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             patch.setenv(name, "0")
@@ -163,6 +162,7 @@ def browse(page: Path, scratch: Path, *words: str) -> None:
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-quic",
         "--no-first-run",
         "--disable-background-networking",
         "--disable-component-update",
@@ -209,16 +209,34 @@ def test_a_real_browser_shows_it_light_dark_and_on_paper(out: Path, tmp_path: Pa
     assert len(re.findall(rb"/Type\s*/Page[^s]", printed)) > 3
 
 
-def test_a_finished_run_is_followed_to_its_end_at_once(run: Path, out: Path, world: World) -> None:
+def test_a_finished_run_is_followed_to_its_end_at_once(
+    run: Path, out: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the parts that the command left: nothing is surveyed again."""
     told: list[str] = []
     request = Request(str(run), out=out, images=20, with_landscape=False)
     before = {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
-    kept = (out / "report.html").read_text()
-    watch(request, world, say=told.append, every_s=0.01)
-    assert told[-1] == f"page: {out / 'report.html'}"
+
+    def written(results: Results, folder: Path, *, live: bool) -> Path:
+        assert not live
+        return folder / results.title
+
+    monkeypatch.setattr("fd_scale.diagnose.session.write", written)
+    watch(request, world, teller=Teller(told.append), every_s=0.01)
+    assert told[-1] == f"page: {out / 'From teacher to student, step 6'}"
     assert before == {path: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
-    (out / "report.html").write_text(kept)
+
+
+def test_a_live_page_looks_again_by_itself(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one difference to a page that stands still."""
+    assert 'http-equiv="refresh"' not in page
+    monkeypatch.setattr("fd_scale.diagnose.report.sections", lambda _: [])
+    monkeypatch.setattr("fd_scale.diagnose.summary.headlines", lambda _: [])
+    live = write(Results("x", [], {}), tmp_path, live=True).read_text()
+    assert '<meta http-equiv="refresh" content="30">' in live
+    assert "live: looks again every 30 s" in live
 
 
 def test_a_running_job_is_followed_from_checkpoint_to_checkpoint(
@@ -233,7 +251,7 @@ def test_a_running_job_is_followed_from_checkpoint_to_checkpoint(
     told: list[str] = []
     looks = iter([2, 4, 6])
 
-    def diagnosed(request: Request, world: World, *, say: Any, live: bool) -> None:
+    def diagnosed(request: Request, world: World, *, teller: Teller, live: bool) -> None:
         newest = max(step for step, path in held.items() if path.exists())
         shown.append((newest, live))
 
@@ -243,13 +261,30 @@ def test_a_running_job_is_followed_from_checkpoint_to_checkpoint(
 
     monkeypatch.setattr("fd_scale.diagnose.launch.diagnose", diagnosed)
     monkeypatch.setattr("fd_scale.diagnose.launch.time.sleep", slept)
-    watch(Request(str(growing)), world, say=told.append)
+    watch(Request(str(growing)), world, teller=Teller(told.append))
     assert shown == [(2, True), (4, True), (6, False)]
     assert told == [f"{growing} has no checkpoint yet; looking again every 30 s"]
 
 
 def test_following_needs_a_run(run: Path) -> None:
     with pytest.raises(DiagnoseError, match="--live follows a run's newest checkpoint"):
-        watch(Request(str(run), step=4), ALONE)
+        watch(Request(str(run), step=4), ALONE, teller=SILENT)
     with pytest.raises(DiagnoseError, match="--live follows a run's newest checkpoint"):
-        watch(Request("timm:test_vit=random"), ALONE)
+        watch(Request("timm:test_vit=random"), ALONE, teller=SILENT)
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fd_scale.diagnose.launch.diagnose", interrupted)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    with pytest.raises(SystemExit) as ended:
+        launch(Request("run"), teller=Teller(told.append))
+    assert ended.value.code == 130
+    assert told == ["stopped: the same command goes on from what is finished"]
+    assert not dist.is_initialized()

@@ -2,11 +2,12 @@
 
     python -m benchmarks.diagnose [--network vit_base_patch16_224] [--images N] [--run RUN]
 
-Survey: every question about attention and tokens, of random weights and random pixels that lie in memory, so
-that reading and decoding do not count; set against the plain forward pass of the same images. By default
-50,000 images on a GPU, the papers' number, in bfloat16 autocast and in float32, and 16 on a CPU, in float32.
-With ``--run``, the wall and processor time of ``fd-scale diagnose RUN`` in a process of its own as well, into
-a new folder, so that nothing is found finished. Writes results/diagnose-DEVICE.json.
+Survey: every question about attention and tokens, eigenvalues at the end included, of random weights and
+random pixels that lie in memory, so that reading and decoding do not count; set against the plain forward
+pass of the same images. By default 50,000 images on a GPU, the papers' number, in bfloat16 autocast and in
+float32, and 16 on a CPU, in float32. With ``--run``, the wall and processor time of ``fd-scale diagnose RUN``
+in a process of its own as well, into a new folder, so that nothing is found finished.
+Writes results/diagnose-DEVICE.json.
 """
 
 from __future__ import annotations
@@ -83,11 +84,15 @@ def _row(subject: Subject, found: Anatomy, world: World, count: int, dtype: torc
 
     with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
         survey(subject, found, batches(subject, BATCH[world.device.type]), world)
-        plain_s, survey_s = _seconds(plain, world), _seconds(surveyed, world)
+        (forward_s, forward_busy_s), (survey_s, survey_busy_s) = (
+            _seconds(work, world) for work in (plain, surveyed)
+        )
     row = {
         "precision": str(dtype).removeprefix("torch."),
-        "forward_s": round(plain_s, 2),
+        "forward_s": round(forward_s, 2),
+        "forward_processor_s": round(forward_busy_s, 2),
         "survey_s": round(survey_s, 2),
+        "survey_processor_s": round(survey_busy_s, 2),
         "survey_images_per_s": round(count / survey_s, 2),
     }
     if world.device.type == "cuda":
@@ -95,12 +100,13 @@ def _row(subject: Subject, found: Anatomy, world: World, count: int, dtype: torc
     return row
 
 
-def _seconds(work: Callable[[], None], world: World) -> float:
-    begin = time.perf_counter()
+def _seconds(work: Callable[[], None], world: World) -> tuple[float, float]:
+    """By the wall, and of this process's processors, which tell of a busy machine."""
+    begin, busy = time.perf_counter(), time.process_time()
     work()
     if world.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - busy
 
 
 def main() -> None:

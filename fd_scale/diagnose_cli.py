@@ -84,7 +84,13 @@ def diagnose(
         ),
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images at once; changes no number.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Decoding processes; 0 decodes in this one.")] = 0,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Decoding processes; 0 decodes in this one. Beside a GPU, give all cores that are to spare.",
+        ),
+    ] = 0,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Run the networks in bfloat16; sums stay float32 and float64.")
     ] = False,

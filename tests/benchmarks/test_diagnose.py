@@ -19,15 +19,15 @@ def test_as_many_images_as_were_asked_for() -> None:
 
 
 def test_rows_of_a_small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = itertools.cycle([2.0, 5.0])
+    seconds = itertools.cycle([(2.0, 1.5), (5.0, 4.0)])
 
-    def clocked(work: object, _: object) -> float:
+    def clocked(work: object, _: object) -> tuple[float, float]:
         assert callable(work)
         work()
         return next(seconds)
 
     monkeypatch.setattr(diagnose, "_seconds", clocked)
     results = diagnose.measure("test_vit", 9)
-    expected = {"precision": "float32", "forward_s": 2.0, "survey_s": 5.0, "survey_images_per_s": 1.8}
+    expected = {"forward_s": 2.0, "survey_s": 5.0, "survey_processor_s": 4.0, "survey_images_per_s": 1.8}
     assert expected.items() <= results["results"][-1].items()
     assert (results["network"], results["num_images"]) == ("test_vit", 9)

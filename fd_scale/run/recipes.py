@@ -247,6 +247,35 @@ def fd_swinv2g() -> Recipe:
     )
 
 
+def fd_swinv2b() -> Recipe:
+    """``fd_swinv2g`` with SwinV2-B, 88 million parameters, as teacher and student: another size and no other
+    difference, for trials of the large run on smaller machines."""
+    return derive(
+        fd_swinv2g(),
+        **{
+            "name": "fd_swinv2b",
+            "student.architecture": "swinv2_base",
+            "teacher.architecture": "swinv2_base",
+            "teacher.weights": "swinv2_base.safetensors",
+            "scale": "vitb_1node",
+        },
+    )
+
+
+def fd_swinv2t() -> Recipe:
+    """``fd_swinv2g`` with SwinV2-T, 28 million parameters, as teacher and student: another size and no other
+    difference."""
+    return derive(
+        fd_swinv2b(),
+        **{
+            "name": "fd_swinv2t",
+            "student.architecture": "swinv2_tiny",
+            "teacher.architecture": "swinv2_tiny",
+            "teacher.weights": "swinv2_tiny.safetensors",
+        },
+    )
+
+
 def demo() -> Recipe:
     """A ViT of 0.8 million parameters at 64 pixels learns from another one, on a CPU in minutes.
 
@@ -287,6 +316,8 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {
     "fd_esvit_swinb": fd_esvit_swinb,
     "fd_esvit_swinb_released_code": fd_esvit_swinb_released_code,
     "fd_swinv2g": fd_swinv2g,
+    "fd_swinv2b": fd_swinv2b,
+    "fd_swinv2t": fd_swinv2t,
     "demo": demo,
 }
 

@@ -21,6 +21,8 @@ ISSUED = [
     "fd_mae_vitb16",
     "fd_esvit_swinb",
     "fd_swinv2g",
+    "fd_swinv2b",
+    "fd_swinv2t",
     "demo",
 ]
 
@@ -43,6 +45,8 @@ PUBLISHED = {
     "fd_esvit_swinb": (300, (8e-4, 4e-6, 4e-5), 0.3, 0.08, 1.0, "bicubic"),
     "fd_esvit_swinb_released_code": (300, (8e-4, 4e-6, 4e-5), 0.3, 0.08, 1.0, "bilinear"),
     "fd_swinv2g": (300, (3e-4, 2e-6, 2e-5), 0.3, 0.08, 1.0, "bicubic"),
+    "fd_swinv2b": (300, (3e-4, 2e-6, 2e-5), 0.3, 0.08, 1.0, "bicubic"),
+    "fd_swinv2t": (300, (3e-4, 2e-6, 2e-5), 0.3, 0.08, 1.0, "bicubic"),
 }
 
 NETWORKS = {
@@ -75,6 +79,8 @@ NETWORKS = {
         None,
     ),
     "fd_swinv2g": ("swinv2_g", 256, "models", "swinv2_g", "swinv2_g.safetensors", 256),
+    "fd_swinv2b": ("swinv2_base", 256, "models", "swinv2_base", "swinv2_base.safetensors", 256),
+    "fd_swinv2t": ("swinv2_tiny", 256, "models", "swinv2_tiny", "swinv2_tiny.safetensors", 256),
     "demo": ("vit_micro_patch8", 64, "timm", "vit_tiny_patch16_224", "demo_teacher.safetensors", 64),
 }
 

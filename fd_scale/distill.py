@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from fd_scale.compiled import compile_blocks
 from fd_scale.data import color
 from fd_scale.data.loader import TrainLoader
 from fd_scale.data.plan import Plan
@@ -39,7 +40,8 @@ from fd_scale.run.state import announce
 from fd_scale.run.watchdog import Watchdog
 from fd_scale.run.world import StopRequest, World, seed_step
 from fd_scale.student import Student, build_student
-from fd_scale.teachers import Guest, Teacher, difference, load
+from fd_scale.teachers import FrozenTeacher, Guest, Teacher, difference, load
+from fd_scale.teachers.sharded import placed
 
 log = logging.getLogger("fd_scale")
 
@@ -80,7 +82,8 @@ class Run:
         self.plan = plan_of(recipe, self.shards)
         self.folder = world.on_main(lambda: RunFolder.open(recipe.run.root, recipe))
         dtype = torch.bfloat16 if self.resolved.bf16 else torch.float32
-        self.teachers = world.together(lambda: load_teachers(recipe, world.device, dtype))
+        teachers = world.together(lambda: load_teachers(recipe, world.device, dtype))
+        self.teachers = placed(teachers, self.resolved, world)
         self.guests = [Guest(teacher, recipe.objective) for teacher in self.teachers]
         self.objective = Objective(recipe.objective)
         student = world.together(lambda: seeded_student(recipe, self.teachers, self.resolved))
@@ -382,7 +385,7 @@ def memory_gib(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-def load_teachers(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[Teacher]:
+def load_teachers(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[FrozenTeacher]:
     """The recipe's frozen teachers on their device."""
     return [load(recipe.teacher, device=device, dtype=dtype, seed=recipe.seed)]
 
@@ -391,5 +394,7 @@ def seeded_student(recipe: Recipe, teachers: Sequence[Teacher], resolved: Resolv
     """The student with random weights that depend on the recipe's seed alone, hence equal on every rank."""
     torch.manual_seed(recipe.seed)
     student = build_student(recipe, teachers)
-    student.set_grad_checkpointing(resolved.activation_checkpointing)
+    student.set_grad_checkpointing(resolved.activation_checkpointing, **resolved.granularity)
+    if resolved.compile:
+        compile_blocks(student.backbone)
     return student

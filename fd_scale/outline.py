@@ -70,14 +70,17 @@ def _rows(
     yield from _networks_rows(recipe, teacher, student)
     yield from _data_rows(recipe, resolved, size, shards)
     yield from _optimizer_rows(recipe, student)
-    yield (
-        "engine",
-        (
-            f"ZeRO-{resolved.zero_stage}, {'bf16' if resolved.bf16 else 'fp32'}, activation checkpointing "
-            f"{'on' if resolved.activation_checkpointing else 'off'} (scale {recipe.scale})"
-        ),
-    )
+    yield "engine", _engine(resolved, recipe.scale)
     yield "run directory", str(Path(recipe.run.root) / recipe.run_name)
+
+
+def _engine(resolved: Resolved, scale: str) -> str:
+    granularity = "".join(f", {name} {value}" for name, value in resolved.granularity.items())
+    recomputed = f"on{granularity}" if resolved.activation_checkpointing else "off"
+    parts = [f"ZeRO-{resolved.zero_stage}", "bf16" if resolved.bf16 else "fp32"]
+    parts += [f"activation checkpointing {recomputed}", f"teacher: {resolved.teacher}"]
+    parts += ["compiled blocks"] * resolved.compile
+    return f"{', '.join(parts)} (scale {scale})"
 
 
 def _networks_rows(recipe: Recipe, teacher: Teacher, student: Student) -> Iterator[tuple[str, str]]:

@@ -190,7 +190,7 @@ class VisionTransformer(nn.Module):
         self.mlp_ratio = mlp_ratio
         self.layer_scale = layer_scale
         self.position = position
-        self.grad_checkpointing = False
+        self.checkpointed: frozenset[int] = frozenset()
 
         self.patch_embed = PatchEmbed(img_size=input_size, patch_size=patch_size, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -226,17 +226,22 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is not None:
             tokens_BND = tokens_BND + self.pos_embed
         bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
+        for index, block in enumerate(self.blocks):
+            if index in self.checkpointed and torch.is_grad_enabled():
                 # The re-entrant form would fire ZeRO's gradient hook of the shared table once per block.
                 tokens_BND = checkpoint(block, tokens_BND, bias, use_reentrant=False)
             else:
                 tokens_BND = block(tokens_BND, bias)
         return self.norm(tokens_BND)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass, with the same random drops, instead of storing it."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, *, every: int = 1) -> None:
+        """Recompute blocks in the backward pass, with the same random drops, instead of storing them.
+
+        ``every``: only the first of each so many blocks.
+        """
+        if every < 1:
+            raise ModelError(f"every={every} must be 1 or more blocks")
+        self.checkpointed = frozenset(range(0, len(self.blocks), every) if enable else ())
 
     def position_parameters(self) -> set[str]:
         """Names of the relative position tables, whose decay is a choice: FD decays them, FT-CLIP not."""

@@ -18,6 +18,7 @@ LAYERS = {
     "fd_scale": 0,
     "fd_scale.errors": 0,
     "fd_scale.pixels": 1,
+    "fd_scale.compiled": 1,
     "fd_scale.run.sections": 1,
     "fd_scale.run.recipe": 1,
     "fd_scale.run.world": 1,

@@ -20,7 +20,7 @@ from fd_scale.engine.adamw import adamw, reset_steps
 from fd_scale.engine.optim import parameter_groups
 from fd_scale.engine.schedule import learning_rate
 from fd_scale.run.recipe import Recipe
-from fd_scale.run.scale import Resolved
+from fd_scale.run.scale import FIXED, MICRO_BATCH, Resolved
 from fd_scale.run.world import World
 
 
@@ -112,8 +112,31 @@ class Engine:
             group["lr"] = self.lr
 
 
+def shard_frozen(module: nn.Module, world: World, *, bf16: bool) -> nn.Module:
+    """The module with its parameters sharded over all processes, for forward passes without gradients.
+
+    An engine of its own without an optimizer (ZeRO-3), beside the student's: each layer is gathered when it
+    is called and let go after, and so are parameters that a module takes from another one. Every call is
+    therefore collective. ``module`` must be whole on its device.
+    """
+    config = {
+        MICRO_BATCH: 1,
+        **FIXED,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            # Nothing is used twice in a pass, so that nothing is worth keeping.
+            "stage3_max_reuse_distance": 0,
+        },
+    }
+    return _initialize(module, None, config, world)
+
+
 def _initialize(
-    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], world: World
 ) -> Any:
     # DeepSpeed picks its accelerator once, at import; on a machine whose GPU is hidden it must not look for
     # one.
@@ -127,8 +150,6 @@ def _initialize(
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # On a CPU it would compile this operator for inference at the first start, a minute of g++ under a lock
     # that a killed process leaves behind for ever. Training never calls it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # A fast path for inference on CPUs, which it would compile for minutes at the first start on a machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False

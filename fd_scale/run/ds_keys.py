@@ -46,10 +46,29 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def _is_granularity(value: Any) -> bool:
+    if isinstance(value, bool):
+        return True
+    if not isinstance(value, dict) or not value or not value.keys() <= {"every", "stages"}:
+        return False
+    stages = value.get("stages", [])
+    every = value.get("every", 1)
+    return (
+        isinstance(stages, list)
+        and all(_is_whole(stage) for stage in stages)
+        and _is_whole(every)
+        and every >= 1
+    )
+
+
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 WHOLE = Kind("a whole number, 0 or more", _is_whole)
 POSITIVE = Kind("a whole number, 1 or more", lambda value: _is_whole(value) and value >= 1)
 NAMES = Kind("a list of names", _are_names)
+GRANULARITY = Kind(
+    'true, false, or which blocks: {"every": 2} (one block of each two), {"stages": [0, 1]}, or both',
+    _is_granularity,
+)
 
 ALLOWED: Keys = {
     "train_micro_batch_size_per_gpu": POSITIVE,
@@ -65,6 +84,7 @@ ALLOWED: Keys = {
         "log_trace_cache_warnings": FLAG,
         "memory_efficient_linear": FLAG,
         "offload_optimizer": {"device": _one_of("none", "cpu"), "pin_memory": FLAG},
+        "offload_param": {"device": _one_of("none", "cpu"), "pin_memory": FLAG},
         "overlap_comm": FLAG,
         "parameter_alignment": FLAG,
         "reduce_bucket_size": POSITIVE,
@@ -85,7 +105,11 @@ ALLOWED: Keys = {
     "disable_python_gc": FLAG,
     "memory_breakdown": FLAG,
     "wall_clock_breakdown": FLAG,
-    OWN_SECTION: {"activation_checkpointing": FLAG},
+    OWN_SECTION: {
+        "activation_checkpointing": GRANULARITY,
+        "compile": FLAG,
+        "teacher": _one_of("replicate", "shard"),
+    },
 }
 """Every key that a scale may hold, by its place, with the kind of its value."""
 
@@ -114,8 +138,12 @@ _REFUSED_FOR: Mapping[str, str] = {
         zero_optimization.pipeline_loading_checkpoint
         zero_optimization.stage3_gather_16bit_weights_on_model_save
         zero_optimization.stage3_gather_fp16_weights_on_model_save""",
-    "parameters stay on their device, where fd_scale's checkpoints find them": """
-        aio zero_optimization.offload_param zero_optimization.cpu_offload_param""",
+    "fd_scale's checkpoints could not find what is kept on NVMe; offload to the host's memory": """
+        aio""",
+    "DeepSpeed has replaced it, use offload_param.device": "zero_optimization.cpu_offload_param",
+    "parameters are on the device or in the host's memory, whole; use offload_param.device": """
+        zero_optimization.offload_param.nvme_path zero_optimization.offload_param.buffer_count
+        zero_optimization.offload_param.buffer_size zero_optimization.offload_param.max_in_cpu""",
     "the optimizer is on the device or in the host's memory, whole; use offload_optimizer.device": """
         zero_optimization.cpu_offload zero_optimization.cpu_offload_use_pin_memory
         zero_optimization.offload_optimizer.nvme_path zero_optimization.offload_optimizer.buffer_count

@@ -12,16 +12,18 @@ import importlib.resources
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fd_scale.errors import ScaleError, near_misses
 from fd_scale.run.ds_keys import OWN_SECTION, problems
 from fd_scale.run.recipe import Recipe, streams_of
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
+
+Placement = Literal["replicate", "shard"]
 
 FIXED: Mapping[str, Any] = {
     # The optimizer is built by fd_scale: torch's AdamW, also when its state is offloaded.
@@ -42,6 +44,9 @@ class Scale:
     source: str
     deepspeed: Mapping[str, Any]
     activation_checkpointing: bool
+    granularity: Mapping[str, Any] = field(default_factory=dict)
+    teacher: Placement = "replicate"
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,12 @@ class Resolved:
     bf16: bool
     """Whether the engine computes in bf16 (with float32 master weights), or in float32."""
     activation_checkpointing: bool
+    granularity: Mapping[str, Any] = field(default_factory=dict)
+    """Which blocks are recomputed: arguments of a model's ``set_grad_checkpointing``."""
+    teacher: Placement = "replicate"
+    """Whether each process holds the whole teacher or a share of it."""
+    compile: bool = False
+    """Whether the blocks of student and teacher are compiled."""
 
 
 def names() -> list[str]:
@@ -78,11 +89,15 @@ def load(name_or_path: str) -> Scale:
     if wrong:
         raise ScaleError("\n".join(f"{source}: {problem}" for problem in wrong))
     own = values.pop(OWN_SECTION, {})
+    recomputed = own.get("activation_checkpointing", False)
     return Scale(
         name=source.name.removesuffix(".json"),
         source=str(source),
         deepspeed=values,
-        activation_checkpointing=own.get("activation_checkpointing", False),
+        activation_checkpointing=bool(recomputed),
+        granularity=recomputed if isinstance(recomputed, dict) else {},
+        teacher=own.get("teacher", "replicate"),
+        compile=own.get("compile", False),
     )
 
 
@@ -111,6 +126,9 @@ def resolve(scale: Scale, recipe: Recipe, world_size: int) -> Resolved:
         zero_stage=_zero_stage(scale.deepspeed),
         bf16=_bf16(scale.deepspeed),
         activation_checkpointing=scale.activation_checkpointing,
+        granularity=scale.granularity,
+        teacher=scale.teacher,
+        compile=scale.compile,
     )
 
 
@@ -178,6 +196,15 @@ def _impossible_pairs(values: Mapping[str, Any]) -> Iterator[str]:
     accumulates = _section(values, "data_types").get("grad_accum_dtype")
     if stage != 3 and zero.get("zero_hpz_partition_size", 1) != 1:
         yield f"zero_optimization.zero_hpz_partition_size needs stage=3, not stage={stage}"
+    if stage != 3 and _section(zero, "offload_param").get("device") == "cpu":
+        yield f"zero_optimization.offload_param needs stage 3, not stage={stage}"
+    own = _section(values, OWN_SECTION)
+    if own.get("compile") is True and (stage == 3 or own.get("teacher", "replicate") != "replicate"):
+        yield (
+            f"{OWN_SECTION}.compile=true goes with whole parameters: stage 0, 1 or 2 and "
+            f'{OWN_SECTION}.teacher="replicate"; the hooks by which DeepSpeed gathers shares break the '
+            "compiled code into pieces"
+        )
     if stage == 0 and _section(zero, "offload_optimizer").get("device") == "cpu":
         yield "zero_optimization.offload_optimizer needs stage 1, 2 or 3, not stage=0"
     if accumulates == "bf16" and not bf16:

@@ -7,7 +7,8 @@ networks of CLIP give their last map, which has no norm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
@@ -175,16 +176,29 @@ def _transformer_tower(network: VisionTransformer) -> Tower:
 def _read_transformer(network: nn.Module, pixels_BCHW: Tensor) -> Features:
     """CLIP's class token and patches, all of them after ``ln_post``."""
     last = len(network.transformer.resblocks) - 1  # type: ignore[union-attr, arg-type]
-    found = network.forward_intermediates(  # type: ignore[operator]
-        pixels_BCHW,
-        indices=[last],
-        normalize_intermediates=True,
-        intermediates_only=True,
-        output_fmt="NLC",
-        output_extra_tokens=True,
-    )
+    with _usual_attention():
+        found = network.forward_intermediates(  # type: ignore[operator]
+            pixels_BCHW,
+            indices=[last],
+            normalize_intermediates=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
     tokens_BND = torch.cat((found["image_intermediates_prefix"][0], found["image_intermediates"][0]), dim=1)
     return Features(tokens_BND, tuple(network.grid_size), num_prefix_tokens=1)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _usual_attention() -> Iterator[None]:
+    """Without the path that ``nn.MultiheadAttention`` has for frozen networks, which rounds otherwise and is
+    left when weights are sharded: a map must not depend on who holds the weights."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _read_trunk(network: nn.Module, pixels_BCHW: Tensor) -> Features:

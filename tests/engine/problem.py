@@ -37,12 +37,25 @@ class Setting:
     drop_path: float = 0.0
     clip_norm: float | None = 0.05
     steps: int = 10
+    option: str = ""
+    """A key of ``OPTIONS``."""
 
     def label(self) -> str:
         precision = "bf16" if self.bf16 else "fp32"
-        return (
-            f"zero{self.stage}-{precision}-micro{self.micro_batch}" + "-ckpt" * self.activation_checkpointing
-        )
+        marks = "-ckpt" * self.activation_checkpointing + f"-{self.option}" * bool(self.option)
+        return f"zero{self.stage}-{precision}-micro{self.micro_batch}{marks}"
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "optimizer on the host": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+    "all on the host": {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    },
+    "two-level": {"zero_optimization": {"zero_hpz_partition_size": 2}},
+    "wide sums": {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"},
+}
+"""What scales may turn on beside the stage."""
 
 
 def recipe(setting: Setting) -> Recipe:
@@ -98,6 +111,8 @@ def make_engine(world: World, setting: Setting, folder: str) -> tuple[Engine, sc
     }
     if setting.stage == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    for key, value in OPTIONS[setting.option].items():
+        config[key] = config.get(key, {}) | value if isinstance(value, dict) else value
     path = Path(folder) / f"{setting.label()}-{world.rank}.json"
     path.write_text(json.dumps(config))
     asked = recipe(setting)

@@ -32,6 +32,7 @@ EXACT = [
     for stage in (0, 1, 2, 3)
     for bf16 in (False, True)
 ]
+EXACT += [Setting(3, option=option, steps=8) for option in ("all on the host", "two-level")]
 LONG = {stage: Setting(stage, micro_batch=4, steps=STOP + 20) for stage in (0, 1, 2, 3)}
 PAIRS = [(LONG[before], LONG[after]) for before, after in ((0, 3), (1, 0), (3, 2), (3, 3))]
 """Every way to write and every way to read, at least once: neither knows of the other."""

@@ -1,5 +1,5 @@
-"""The engine against a plain AdamW loop: stages 0 to 3, fp32 and bf16, one and two processes, clip and
-accumulation."""
+"""The engine against a plain AdamW loop: stages 0 to 3, fp32 and bf16, one and two processes, clip,
+accumulation, and what scales may turn on beside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ SETTINGS = {
     + [Setting(3, micro_batch=2, activation_checkpointing=True)],
     2: [Setting(stage, bf16) for stage in STAGES for bf16 in (False, True)]
     + [Setting(stage, bf16, micro_batch=2) for stage in STAGES for bf16 in (False, True)]
-    + [Setting(3, activation_checkpointing=True)],
+    + [Setting(3, activation_checkpointing=True)]
+    + [Setting(stage, option="optimizer on the host") for stage in (1, 2, 3)]
+    + [Setting(3, option="all on the host"), Setting(3, option="two-level")]
+    + [Setting(3, bf16=True, micro_batch=2, option="wide sums")],
 }
 CASES = [(size, setting) for size, settings in SETTINGS.items() for setting in settings]
 

@@ -218,6 +218,22 @@ def test_checkpointing_recomputes_each_block_once_and_only_for_a_backward_pass()
     assert calls == ["block"] * 4
 
 
+@pytest.mark.parametrize(("every", "recomputed"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0]), (7, [0])])
+def test_checkpointing_takes_one_block_of_each_so_many(every, recomputed):
+    model = vit()
+    calls = []
+    for index, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    model.set_grad_checkpointing(every=every)
+    model(pixels(model)).sum().backward()
+    assert sorted(calls) == sorted([0, 1, 2, *recomputed])
+
+
+def test_checkpointing_takes_at_least_every_block():
+    with pytest.raises(ModelError, match="every=0 must be 1 or more blocks"):
+        vit().set_grad_checkpointing(every=0)
+
+
 def test_checkpointing_is_not_the_re_entrant_one():
     """The re-entrant form refuses ``torch.autograd.grad``."""
     model = vit()

@@ -150,6 +150,60 @@ def test_a_share_larger_than_the_micro_batch_is_accumulated(write):
     assert (resolved.zero_stage, resolved.bf16, resolved.activation_checkpointing) == (0, False, False)
 
 
+@pytest.mark.parametrize(
+    ("asked", "recomputes", "granularity"),
+    [
+        (True, True, {}),
+        (False, False, {}),
+        ({"every": 2}, True, {"every": 2}),
+        ({"stages": [0, 1]}, True, {"stages": [0, 1]}),
+        ({"every": 3, "stages": [2]}, True, {"every": 3, "stages": [2]}),
+    ],
+)
+def test_which_blocks_are_recomputed(write, asked, recomputes, granularity):
+    path = write({"train_micro_batch_size_per_gpu": 1, "fd_scale": {"activation_checkpointing": asked}})
+    resolved = scale.resolve(scale.load(path), with_batch(4), 1)
+    assert (resolved.activation_checkpointing, resolved.granularity) == (recomputes, granularity)
+
+
+@pytest.mark.parametrize("asked", [1, "yes", {}, {"every": 0}, {"each": 2}, {"stages": 1}, {"stages": [-1]}])
+def test_blocks_that_cannot_be_meant(write, asked):
+    path = write({"train_micro_batch_size_per_gpu": 1, "fd_scale": {"activation_checkpointing": asked}})
+    assert "must be true, false, or which blocks" in refusal(path)
+
+
+def test_what_a_scale_leaves_out(write):
+    """The teacher is whole on every process, and nothing is compiled."""
+    resolved = scale.resolve(scale.load(write({"train_micro_batch_size_per_gpu": 1})), with_batch(4), 1)
+    assert (resolved.teacher, resolved.compile) == ("replicate", False)
+    for own, expected in (
+        ({"teacher": "shard"}, ("shard", False)),
+        ({"compile": True}, ("replicate", True)),
+    ):
+        path = write({"train_micro_batch_size_per_gpu": 1, "fd_scale": own})
+        resolved = scale.resolve(scale.load(path), with_batch(4), 1)
+        assert (resolved.teacher, resolved.compile) == expected
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        {"zero_optimization": {"stage": 3}, "fd_scale": {"compile": True}},
+        {"fd_scale": {"compile": True, "teacher": "shard"}},
+    ],
+)
+def test_compiled_blocks_need_whole_parameters(write, pair):
+    assert "fd_scale.compile=true goes with whole parameters" in refusal(
+        write({"train_micro_batch_size_per_gpu": 1, **pair})
+    )
+
+
+def test_parameters_leave_the_device_at_stage_3_alone(write):
+    zero = {"stage": 2, "offload_param": {"device": "cpu"}}
+    path = write({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero})
+    assert "zero_optimization.offload_param needs stage 3, not stage=2" in refusal(path)
+
+
 def test_no_clip_is_zero_for_deepspeed(write):
     path = write({"train_micro_batch_size_per_gpu": 1})
     resolved = scale.resolve(scale.load(path), with_batch(4, **{"optim.clip_norm": None}), 2)

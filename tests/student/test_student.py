@@ -3,6 +3,7 @@ chain."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,6 +275,21 @@ def test_recomputed_activations_change_no_gradient(name: str) -> None:
         gradients.append({name: p.grad for name, p in student.named_parameters()})
     for parameter, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][parameter], rtol=1e-5, atol=1e-7), parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity", "said"),
+    [
+        ("vit", {"every": 2}, "recomputes all of its blocks or none, not {'every': 2}"),
+        ("own vit", {"stages": [0]}, "recomputes all of its blocks or none, not {'stages': [0]}"),
+        ("own swinv2", {"stages": [9]}, "activation_checkpointing in the scale file"),
+    ],
+)
+def test_a_granularity_that_the_backbone_does_not_know(name: str, granularity: Any, said: str) -> None:
+    changes, has_class_token = FAMILIES[name]
+    student = made(recipe(changes, cls="match" if has_class_token else "drop", grid="bilinear"))
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        student.set_grad_checkpointing(True, **granularity)
 
 
 def test_a_backbone_that_cannot_recompute() -> None:

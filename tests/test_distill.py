@@ -360,7 +360,7 @@ def test_bad_samples_are_masked_and_listed_by_all_ranks(
 ) -> None:
     # Five steps are two epochs of the forty pictures and a half: a bad one is met more than once.
     images = {"schedule.images": 5 * 16, "run.save_every_steps": 2}
-    status, output = finish(start(tmp_path, **images, **{"data.shards": damaged}))
+    status, output = start(tmp_path, **images, **{"data.shards": damaged}).wait()
     assert status == 0, output
     (run,) = tmp_path.iterdir()
     lines = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
@@ -379,10 +379,10 @@ def test_bad_samples_are_masked_and_listed_by_all_ranks(
 
 
 def test_too_many_bad_samples_stop_the_run_with_the_command_that_finds_them(
-    start: Callable[..., Any], damaged: Path, tmp_path: Path
+    alone: Callable[..., Any], damaged: Path, tmp_path: Path
 ) -> None:
     changes = {"data.shards": damaged, "data.max_bad_fraction": 0.0}
-    status, output = finish(start(tmp_path, processes=0, **changes))
+    status, output = alone(tmp_path, **changes)
     assert status == 2
     assert "more than data.max_bad_fraction=0.0 allows" in output
     (command,) = re.findall(r"Look into it with: fd-scale (.*)", output)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fd_scale.data.decode import decode
 from fd_scale.data.faults import SampleError
-from fd_scale.data.index import MANIFEST, ShardSet
+from fd_scale.data.index import ShardSet
 from fd_scale.data.loader import evaluation_batches
+from fd_scale.data.manifest import MANIFEST
 from fd_scale.data.view import centre_view
 from fd_scale.diagnose.subjects import DiagnoseError, Subject
 from fd_scale.evaluate.features import CROP_PCT
@@ -60,8 +61,10 @@ class Images:
     def facts(self) -> dict[str, object]:
         """What decides which pixels are seen, as JSON."""
         # The fingerprint knows shards by their sizes; the manifest has their SHA-256 where we packed them.
-        manifest = hashlib.sha256((self.shards.folder / MANIFEST).read_bytes()).hexdigest()
-        data = {"data": self.shards.fingerprint, "manifest": manifest}
+        manifest = hashlib.sha256()
+        for part in self.shards.folders:
+            manifest.update((part.folder / MANIFEST).read_bytes())
+        data = {"data": self.shards.fingerprint, "manifest": manifest.hexdigest()}
         return {**data, "images": self.count, "crop_pct": CROP_PCT}
 
     def _seen(self, size: int, world: World, *, labels: bool) -> Iterator[Seen]:

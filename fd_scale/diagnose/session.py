@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fd_scale.data.index import ShardSet
+from fd_scale.data.sets import open_shards
 from fd_scale.diagnose import images as imagery
 from fd_scale.diagnose import landscape, tasks
 from fd_scale.diagnose.anatomy import Anatomy, anatomy
@@ -30,7 +31,6 @@ from fd_scale.diagnose.single_images import look_at
 from fd_scale.diagnose.subjects import DiagnoseError, Pair, Run, Subject, load_pair
 from fd_scale.diagnose.survey import Survey, survey
 from fd_scale.diagnose.teller import SILENT, Teller
-from fd_scale.distill import open_shards
 from fd_scale.engine.checkpoint import committed
 from fd_scale.run.report import read_metrics
 from fd_scale.run.world import Place, World
@@ -226,7 +226,7 @@ class Session:
         shards, grid, run = self.images.shards, self.request.grid, self.pair.run
         facts = {
             "Images": f"the first {self.images.count:,} of {shards.num_samples:,}, centre view",
-            "Data": str(shards.folder),
+            "Data": ", ".join(str(part.folder) for part in shards.folders),
             "Input": ", ".join(dict.fromkeys(f"{s.backbone.input_size} px" for s in self.pair.both)),
             "Precision": "bfloat16 autocast" if self.request.bf16 else "float32",
         }

@@ -27,7 +27,8 @@ TRIES = 10
 
 MARGINS: dict[Literal[8, 4, 2], int] = {8: 2, 4: 2, 2: 1}
 """By divisor: a photograph is decoded at that part of its size only if the crop keeps this many pixels per
-pixel of a view. The difference is then 50 dB below the picture; halving is the mildest, without a reserve."""
+pixel of a view. On photographs that is 50 dB from the exact view of the same box, which is first snapped to
+whole pixels of the small image (so against the box as drawn it is a slightly other crop)."""
 
 Interpolation = Literal["bicubic", "bilinear"]
 

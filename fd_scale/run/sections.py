@@ -93,7 +93,7 @@ class View(Section):
     """The EXIF orientation; teachers were trained without it."""
     shrink: bool = True
     """Decode a JPEG at 1/2 of its size where the crop keeps the pixels of the largest view, at 1/4 or 1/8
-    where it keeps twice as many (large photographs are up to twice as fast, 50 dB from the exact view)."""
+    where it keeps twice as many. The crop is snapped to whole pixels of the small image."""
     color: Color = Color()
 
     @model_validator(mode="after")

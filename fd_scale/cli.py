@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fd_scale import checkpoints_cli, diagnose_cli, shards_cli
+from fd_scale import checkpoints_cli, diagnose_cli, evaluate_cli, shards_cli
 from fd_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.add_typer(shards_cli.app, name="shards")
 app.command()(checkpoints_cli.checkpoints)
 app.command()(diagnose_cli.diagnose)
+app.command()(evaluate_cli.evaluate)
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", help="Name of a recipe (see `fd-scale recipes`) or path of a recipe.json.")

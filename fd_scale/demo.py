@@ -29,7 +29,7 @@ from fd_scale.data.index import ShardSet
 from fd_scale.data.scenes import SHAPES, Scene, scene, scene_seed, write_scenes
 from fd_scale.demo_teacher import pretrain
 from fd_scale.errors import RunError
-from fd_scale.evaluate import knn, linear
+from fd_scale.evaluate import knn, linear_fast
 from fd_scale.evaluate.backbone import CLS, GAP, Backbone, of_export, of_student, of_teacher
 from fd_scale.evaluate.features import LabelledFeatures, of_shards
 from fd_scale.export import export
@@ -56,7 +56,7 @@ LOG_LINES = 80
 
 TEACHER, BEFORE, AFTER = "teacher", "student, before", "student, after"
 TITLE = "Accuracy, % \u00b1 standard error (CLS: class token, mean: mean patch)"
-TASKS = {"knn": f"kNN-{knn.HEADLINE}", "linear": "linear"}
+TASKS = {"knn": f"kNN-{knn.HEADLINE}", "linear_fast": "linear"}
 POOLINGS = {CLS: "CLS", GAP: "mean"}
 MARKER = "demo.json"
 MADE = ("shards", "runs", "evaluation", "teacher.safetensors", "distill.log", "loss.png", "feature_maps.png")
@@ -193,9 +193,9 @@ def evaluate(backbones: Mapping[str, Backbone], labelled: Path, test: Path, reco
     rows: Rows = {}
     for name, backbone in backbones.items():
         bank, asked = (_features(backbone, shards) for shards in sets)
-        results: list[knn.KnnResult | linear.LinearResult] = [
+        results: list[knn.KnnResult | linear_fast.LinearResult] = [
             *knn.evaluate(bank, asked),
-            *linear.evaluate(bank, asked),
+            *linear_fast.evaluate(bank, asked),
         ]
         rows[name] = {
             f"{TASKS[result.task]} {POOLINGS[result.pooling]}": Measured(

@@ -44,7 +44,7 @@ def export(run: Path, *, step: int | None = None) -> Export:
     """
     folder = RunFolder.at(run)
     recipe = folder.read_recipe()
-    checkpoint = _choose(folder, step)
+    checkpoint = choose(folder, step)
     weights = folder.exports / f"step-{checkpoint.step:08d}.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
     loading = loading_recipe(recipe)
@@ -65,7 +65,9 @@ def student_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return tensors | {name.removeprefix(BACKBONE): value.contiguous() for name, value in buffers.items()}
 
 
-def _choose(folder: RunFolder, step: int | None) -> Checkpoint:
+def choose(folder: RunFolder, step: int | None) -> Checkpoint:
+    """The checkpoint of ``step``, or the newest. Raises ``RunError`` where there is none, or it is
+    damaged."""
     available = committed(folder.checkpoints)
     if not available:
         raise RunError(f"{folder.path} has no checkpoint yet")

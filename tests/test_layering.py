@@ -51,6 +51,7 @@ LAYERS = {
     "fd_scale.cli": 9,
     "fd_scale.shards_cli": 9,
     "fd_scale.diagnose_cli": 9,
+    "fd_scale.evaluate_cli": 9,
     "fd_scale.checkpoints_cli": 9,
     "fd_scale.__main__": 9,
 }
@@ -60,7 +61,13 @@ OWNERS = {
     "wandb": {"fd_scale.run.report"},
     "mpi4py": {"fd_scale.run.world"},
     "open_clip": {"fd_scale.teachers.open_clip"},
-    "typer": {"fd_scale.cli", "fd_scale.shards_cli", "fd_scale.diagnose_cli", "fd_scale.checkpoints_cli"},
+    "typer": {
+        "fd_scale.cli",
+        "fd_scale.shards_cli",
+        "fd_scale.diagnose_cli",
+        "fd_scale.evaluate_cli",
+        "fd_scale.checkpoints_cli",
+    },
     "triton": {"fd_scale.objective.kernels"},
     "webdataset": {"fd_scale.data"},
     "simplejpeg": {"fd_scale.data"},

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fd_scale.diagnose.images import Images
 from fd_scale.diagnose.landscape import Task
 from fd_scale.diagnose.subjects import DiagnoseError, Distillation, Subject
-from fd_scale.evaluate import linear
+from fd_scale.evaluate import linear_fast
 from fd_scale.evaluate.backbone import GAP, pool
 from fd_scale.objective.features import Features
 from fd_scale.objective.losses import whitened_smooth_l1
@@ -33,7 +33,7 @@ from fd_scale.teachers.fingerprint import digest
 DISTILLATION, SHIFT = "distillation loss", "shift of its own map"
 CROSS_ENTROPY, TOP1 = "cross entropy", "top-1 accuracy"
 L2 = 1e-2
-"""Penalty of the classifier (``evaluate.linear``); fixed, since nothing is compared with a probe's table."""
+"""Penalty of the classifier (``evaluate.linear_fast``); fixed, since nothing is compared with a probe's table."""
 FIT_PER_SCORED = 8
 """Images that a classifier is fitted on for each one that the landscape is measured on."""
 
@@ -100,7 +100,7 @@ def distillation(subject: Subject, batches: Sequence[dict[int, Tensor]], facts: 
 class HeadData:
     """What a linear head is measured on, this process's share, and the head, which all processes have."""
 
-    classifier: linear.Classifier
+    classifier: linear_fast.Classifier
     batches: list[Tensor]
     labels: list[Tensor]
     num_fitted: int
@@ -131,7 +131,7 @@ def fit_head(subject: Subject, images: Images, num_scored: int, world: World) ->
             f"{len(known)}: give more with --images, or other --data"
         )
     device = subject.backbone.device
-    classifier = linear.fit(
+    classifier = linear_fast.fit(
         features_nD.to(device), labels_n.to(device), num_classes=int(known.max()) + 1, l2=L2
     )
     kept = [(pixels, labels, torch.isin(labels, known)) for pixels, labels in scored]

@@ -19,11 +19,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fd_scale import timm_maps
-from fd_scale.export import load_student
+from fd_scale.export import choose, load_student, student_tensors
 from fd_scale.objective.features import Features
 from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from fd_scale.run import recipe as recipes
-from fd_scale.student import Student, map_form
+from fd_scale.run.folder import RunFolder
+from fd_scale.student import Student, build_backbone, map_form
 from fd_scale.teachers import Teacher
 from fd_scale.teachers.fingerprint import fingerprint
 from fd_scale.timm_maps import MapForm
@@ -36,7 +37,7 @@ GAP = "gap"
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A network to be evaluated; made by ``of_teacher``, ``of_student`` and ``of_export``."""
+    """A network to be evaluated; made by ``of_teacher``, ``of_student``, ``of_run`` and ``of_export``."""
 
     name: str
     input_size: int
@@ -101,6 +102,26 @@ def of_export(weights: Path, *, name: str | None = None, device: torch.device | 
         network,
         map_form(network, spec),
         name=name or weights.stem,
+        input_size=spec.input_size,
+        architecture=spec.architecture,
+    )
+
+
+def of_run(run: Path, *, step: int | None = None, device: torch.device | str = "cpu") -> Backbone:
+    """The student of a run's checkpoint (the newest, or of ``step``), read straight from its fragments.
+
+    Raises ``RunError`` as ``export`` does.
+    """
+    folder = RunFolder.at(run)
+    spec = folder.read_recipe().student
+    checkpoint = choose(folder, step)
+    network = build_backbone(spec)
+    network.load_state_dict(student_tensors(checkpoint), strict=True)
+    network.to(device)
+    return _of_network(
+        network,
+        map_form(network, spec),
+        name=f"{folder.path.resolve().name}@{checkpoint.step}",
         input_size=spec.input_size,
         architecture=spec.architecture,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,8 +80,11 @@ def of_shards(
     batch: int = 256,
     workers: int = 0,
     cache: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> LabelledFeatures:
-    """Features of a whole labelled shard set: short side to size / ``crop_pct``, central square.
+    """Features of a labelled shard set: short side to size / ``crop_pct``, central square; of several
+    processes each has its own contiguous part (``together`` makes the whole).
 
     With ``cache``, a folder, features of the same network, data and crop are read from it, or kept there.
     Raises ``ShardError`` for shards without labels and for more unreadable samples than is borne.
@@ -92,11 +95,18 @@ def of_shards(
         "input_size": backbone.input_size,
         "crop_pct": crop_pct,
     }
-    kept = None if cache is None else cache / f"{_identity(facts, shards)}.safetensors"
+    part = f"-{rank}of{world_size}" if world_size > 1 else ""
+    kept = None if cache is None else cache / f"{_identity(facts, shards)}{part}.safetensors"
     if kept is not None and kept.is_file():
         return _read(kept, backbone.name, facts)
     batches = evaluation_batches(
-        shards, size=backbone.input_size, crop_pct=crop_pct, batch=batch, workers=workers
+        shards,
+        size=backbone.input_size,
+        crop_pct=crop_pct,
+        batch=batch,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
     )
     features = extract(backbone, batches, facts)
     if kept is not None:
@@ -132,13 +142,23 @@ def extract(
     return LabelledFeatures(backbone.name, together, torch.cat(labels), num_left_out, dict(facts or {}))
 
 
-def common_classes(train: LabelledFeatures, test: LabelledFeatures) -> int:
-    """How many classes there are: one more than the largest label of ``train``.
+def together(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
+    """The whole of a data set from the parts of all processes, in rank order."""
+    first = parts[0]
+    pooled = {kind: torch.cat([part.pooled[kind] for part in parts]) for kind in first.pooled}
+    labels = torch.cat([part.labels for part in parts])
+    return LabelledFeatures(
+        first.model, pooled, labels, sum(part.num_left_out for part in parts), first.facts
+    )
+
+
+def common_classes(train: Tensor, test: Tensor) -> int:
+    """How many classes there are by the labels (N,) and (M,): one more than the largest of ``train``.
 
     Raises ``EvaluationError`` for a negative label, fewer than two classes to learn, and test labels that
     ``train`` has no example of.
     """
-    known, asked = set(train.labels.unique().tolist()), set(test.labels.unique().tolist())
+    known, asked = set(train.unique().tolist()), set(test.unique().tolist())
     if min(known | asked) < 0:
         raise EvaluationError(f"label {min(known | asked)} is negative; labels count from 0")
     if len(known) < 2:
@@ -166,13 +186,46 @@ def _check_finite(model: str, pooled: Mapping[str, Tensor]) -> None:
             )
 
 
+def data_record(shards: ShardSet) -> dict[str, Any]:
+    """What a record of an evaluation says of a shard set: its size, and a digest of its manifest, which holds
+    the SHA-256 of tars that this package wrote."""
+    digest = hashlib.sha256()
+    for folder in _folders(shards):
+        digest.update((folder / MANIFEST).read_bytes())
+    return {"num_samples": shards.num_samples, "sha256": digest.hexdigest()}
+
+
+def check_classes(train: ShardSet, test: ShardSet) -> None:
+    """Raise ``EvaluationError`` where both sets name their classes, and not the same ones in one order."""
+    if train.classes is None or test.classes is None or train.classes == test.classes:
+        return
+    if len(train.classes) != len(test.classes):
+        raise EvaluationError(
+            f"the training shards have {len(train.classes)} classes and the test shards "
+            f"{len(test.classes)}: pack both from folders of the same classes"
+        )
+    number, (known, asked) = next(
+        (n, pair)
+        for n, pair in enumerate(zip(train.classes, test.classes, strict=True))
+        if len(set(pair)) > 1
+    )
+    raise EvaluationError(
+        f"label {number} is {known!r} in the training shards and {asked!r} in the test shards: pack both "
+        "from folders of the same classes"
+    )
+
+
+def _folders(shards: ShardSet) -> list[Path]:
+    return [folder.folder.resolve() for folder in shards.folders]
+
+
 def _identity(facts: Mapping[str, Any], shards: ShardSet) -> str:
     """Hex digits that no other network, data set or crop has.
 
     The fingerprint of the data does not suffice: it knows the sizes of shards, and small tars are often of
     equal size. The manifest holds their SHA-256 where this package wrote them, else the folder must do.
     """
-    folders = [folder.folder.resolve() for folder in shards.folders]
+    folders = _folders(shards)
     identity = {"version": VERSION, "folders": [str(folder) for folder in folders], **facts}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for folder in folders:

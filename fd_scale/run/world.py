@@ -8,6 +8,7 @@ is one process. Tensors of the model are none of its business; those belong to t
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import random
 import signal
@@ -27,6 +28,8 @@ import torch.distributed as dist
 from fd_scale.errors import RunError, UserError
 
 T = TypeVar("T")
+
+log = logging.getLogger("fd_scale")
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 """Long enough for a first compile and for opening large data sets; a hung peer is then an error."""
@@ -231,6 +234,25 @@ class World:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def launch(action: Callable[[World], int]) -> None:
+    """Join the other processes, do ``action``, and end this process with its status; never returns.
+
+    Status 2 after a ``UserError``, with its message; 1 after anything else, with a traceback.
+    """
+    world = World.start()
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+    try:
+        status = action(world)
+    except UserError as error:
+        if world.is_main:
+            log.error("error: %s", error)
+        status = 2
+    except Exception:
+        log.exception("rank %d failed", world.rank)
+        status = 1
+    world.leave(status)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

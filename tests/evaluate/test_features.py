@@ -137,10 +137,10 @@ def test_features_that_are_not_finite_are_refused():
 )
 def test_labels_that_cannot_be_learnt_are_refused(train, test, message):
     with pytest.raises(EvaluationError, match=message):
-        common_classes(of(train), of(test))
+        common_classes(torch.tensor(train), torch.tensor(test))
 
 
 def test_classes_and_errors_are_counted():
-    assert common_classes(of([0, 4, 1]), of([4])) == 5
+    assert common_classes(torch.tensor([0, 4, 1]), torch.tensor([4])) == 5
     assert standard_error(0.5, 100) == pytest.approx(0.05)
     assert standard_error(1.0, 3) == 0.0

@@ -12,6 +12,7 @@ from torch import Tensor
 from fd_scale.evaluate import knn
 from fd_scale.evaluate.features import EvaluationError, LabelledFeatures
 from fd_scale.evaluate.knn import classify, evaluate
+from tests.evaluate.ranks import over_ranks
 
 
 def clouds(seed: int, count: int, width: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -69,6 +70,22 @@ def test_answers_are_those_of_scikit_learn(temperature):
         assert predicted[k].tolist() == other.predict(test).tolist()
         # The result is from float32 features; one image in 300 could fall on the other side, none did.
         assert results[0].accuracy[k] == pytest.approx(other.score(test, asked), abs=1 / 300)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_training_features_spread_over_ranks_give_the_same_answers(size):
+    """Parts of unequal size, some smaller than k."""
+    train, labels = clouds(7, 58, 6, 4)
+    test, asked = clouds(8, 31, 6, 4)
+    expected = evaluate(of(train, labels), of(test, asked), ks=(1, 3, 20, 40))
+
+    def on_rank(rank, gather):
+        part = slice(len(train) * rank // size, len(train) * (rank + 1) // size)
+        return evaluate(of(train[part], labels[part]), of(test, asked), ks=(1, 3, 20, 40), gather=gather)
+
+    for results in over_ranks(on_rank, size):
+        assert results[0].accuracy == expected[0].accuracy
+        assert (results[0].num_train, results[0].num_left_out) == (58, 1 + size)
 
 
 def test_of_equal_votes_the_lower_class_wins():

@@ -56,7 +56,7 @@ class LinearResult:
     """What decided the training features (``LabelledFeatures.facts``)."""
     test: dict[str, Any]
     protocol: str = PROTOCOL
-    task: str = "linear"
+    task: str = "linear_fast"
 
     @property
     def headline(self) -> float:
@@ -110,7 +110,7 @@ def evaluate(
     decides the split. Works in float64 on the whole set at once: 8 N D bytes.
     Raises ``EvaluationError`` for labels that cannot be used and for too few images to split.
     """
-    num_classes = common_classes(train, test)
+    num_classes = common_classes(train.labels, test.labels)
     fitting, validating = _split(train.labels, seed)
     labels_N = train.labels.to(device)
     results = []

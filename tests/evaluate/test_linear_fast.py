@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from fd_scale.evaluate import linear
+from fd_scale.evaluate import linear_fast
 from fd_scale.evaluate.features import EvaluationError, LabelledFeatures
-from fd_scale.evaluate.linear import evaluate, fit
+from fd_scale.evaluate.linear_fast import evaluate, fit
 from tests.evaluate.test_knn import clouds
 
 
@@ -71,7 +71,7 @@ def test_the_penalty_is_chosen_on_training_images_alone():
     train, labels = correlated(4, 400, 12, 5)
     test, asked = correlated(5, 200, 12, 5)
     result = evaluate(of(train, labels), of(test, asked))[0]
-    fitting, validating = linear._split(labels, 0)
+    fitting, validating = linear_fast._split(labels, 0)
     assert len(validating) == 80
     assert sorted(torch.cat((fitting, validating)).tolist()) == list(range(400))
     for l2, accuracy in result.validation.items():
@@ -118,7 +118,7 @@ def test_too_few_images_are_refused(labels, message):
 
 def _splits_off(labels: Tensor, seed: int) -> bool:
     try:
-        linear._split(labels, seed)
+        linear_fast._split(labels, seed)
     except EvaluationError:
         return True
     return False

@@ -1,0 +1,93 @@
+"""Which network does the user mean? One word on the command line becomes a backbone.
+
+    runs/fd_clip_vitb16-3fa91c07             the student of a run's newest checkpoint, or of --step
+    runs/fd_clip_vitb16-3fa91c07#teacher     the teacher that this run learns from
+    step-00012000.safetensors                a file of ``fd-scale export``
+    timm:vit_base_patch16_224.dino           any network of timm, with a tag of its hub
+    timm:vit_base_patch16_224@dino.pth       the same with a file of weights, or with ``random`` ones
+    open_clip:ViT-B-16-quickgelu@openai      the vision tower of any model of open_clip
+    models:swinv2_g@swinv2_g.safetensors     an architecture of ``models``
+
+Libraries load as they do for teachers: by their own mean, std and input size, with the same refusals.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from fd_scale.errors import RunError, UserError, near_misses
+from fd_scale.evaluate.backbone import Backbone, of_export, of_run, of_teacher
+from fd_scale.run import recipe as recipes
+from fd_scale.run.folder import RunFolder
+from fd_scale.teachers import Teacher, load
+
+LIBRARIES: tuple[str, ...] = get_args(recipes.Teacher.model_fields["library"].annotation)
+TEACHER = "#teacher"
+SUFFIX = ".safetensors"
+
+
+class SourceError(UserError):
+    """A word that names no network."""
+
+
+def open_source(
+    text: str, *, step: int | None = None, input_size: int | None = None, device: torch.device | str = "cpu"
+) -> Backbone:
+    """The backbone that ``text`` means, on its device, in float32.
+
+    ``step`` chooses a run's checkpoint, ``input_size`` (pixels) is for networks of libraries. Raises
+    ``SourceError`` for a word of none of the forms above, and the errors of runs and teachers.
+    """
+    library, separator, rest = text.partition(":")
+    if separator and not Path(text).exists():
+        return of_teacher(_teacher(library, rest, input_size, device), device)
+    if text.endswith(TEACHER):
+        spec = run_folder(Path(text.removesuffix(TEACHER))).read_recipe()
+        taught = load(spec.teacher, device=device, dtype=torch.float32, seed=spec.seed)
+        return of_teacher(taught, device)
+    if text.endswith(SUFFIX):
+        return of_export(Path(text), device=device)
+    return of_run(run_folder(Path(text)).path, step=step, device=device)
+
+
+def run_folder(path: Path) -> RunFolder:
+    """The run directory at ``path``; a ``SourceError`` says what else a network can be named by."""
+    try:
+        return RunFolder.at(path)
+    except RunError as error:
+        raise SourceError(
+            f"{error}; a network is a run directory, its teacher (RUN{TEACHER}), a file of `fd-scale "
+            f"export`, or LIBRARY:NAME@WEIGHTS with one of {', '.join(LIBRARIES)}"
+        ) from None
+
+
+def reports_of(text: str) -> Path:
+    """Where records about a network belong: the reports of the run that ``text`` names or lies in, or
+    ``reports`` here."""
+    path = Path(text.removesuffix(TEACHER))
+    for folder in (path, *path.parents[:2]):
+        if (folder / "recipe.json").is_file():
+            return RunFolder.at(folder).reports
+    return Path("reports")
+
+
+def _teacher(library: str, rest: str, input_size: int | None, device: torch.device | str) -> Teacher:
+    if library not in LIBRARIES:
+        raise SourceError(
+            f"unknown library {library!r}{near_misses(library, LIBRARIES)} "
+            f"(libraries: {', '.join(LIBRARIES)})"
+        )
+    name, separator, weights = rest.partition("@")
+    if not separator and library == "timm":
+        name, separator, weights = rest.partition(".")
+    if not weights:
+        raise SourceError(
+            f"{library}:{rest} names no weights: append @ and a tag, a file, or random (trials only)"
+        )
+    spec = recipes.Teacher.model_validate(
+        {"library": library, "architecture": name, "weights": weights, "input_size": input_size}
+    )
+    return load(spec, device=device, dtype=torch.float32, seed=0)

@@ -1,0 +1,41 @@
+"""Words that name a network, and words that do not."""
+
+import pytest
+import torch
+
+from fd_scale.errors import TeacherError
+from fd_scale.evaluate.source import SourceError, open_source, reports_of
+from fd_scale.teachers import load
+from tests.evaluate.test_backbone import pixels, recipe
+
+
+def test_a_library_is_asked_by_name_and_weights():
+    backbone = open_source("timm:test_vit@random", input_size=32)
+    spec = recipe().teacher.model_copy(update={"architecture": "test_vit", "input_size": 32, "arguments": {}})
+    taught = load(spec, device="cpu", dtype=torch.float32, seed=0)
+    assert torch.equal(backbone.tokens(pixels(2, 32)).tokens_BND, taught.features(pixels(2, 32)).tokens_BND)
+    assert backbone.fingerprint["sha256"] == taught.fingerprint["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("tim:resnet", SourceError, "unknown library 'tim'; did you mean timm"),
+        ("timm:vit_base_patch16_224", SourceError, "names no weights: append @ and a tag, a file, or random"),
+        ("timm:vit_base_patch16_224.dyno", TeacherError, "did you mean dino"),
+        ("timm:vit_bass_patch16_224@random", TeacherError, "vit_base_patch16_224"),
+        ("runs/absent", SourceError, r"runs/absent does not exist; a network is a run directory"),
+    ],
+)
+def test_other_words_are_refused(text, error, message):
+    with pytest.raises(error, match=message):
+        open_source(text)
+
+
+def test_records_go_to_the_run_that_they_are_about(tmp_path):
+    run = tmp_path / "runs" / "demo-00000000"
+    (run / "exports").mkdir(parents=True)
+    (run / "recipe.json").write_text("{}")
+    for text in (str(run), f"{run}#teacher", str(run / "exports" / "step-00000001.safetensors")):
+        assert reports_of(text) == run / "reports"
+    assert str(reports_of("timm:test_vit@random")) == "reports"

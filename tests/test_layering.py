@@ -42,6 +42,8 @@ LAYERS = {
     "fd_scale.shards": 4,
     "fd_scale.export": 5,
     "fd_scale.outline": 5,
+    "fd_scale.meter": 4,
+    "fd_scale.training": 5,
     "fd_scale.distill": 6,
     "fd_scale.evaluate": 7,
     "fd_scale.pictures": 7,

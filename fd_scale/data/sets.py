@@ -10,7 +10,7 @@ import psutil
 from fd_scale.data.index import Access, ShardSet
 from fd_scale.data.plan import Plan
 from fd_scale.errors import RecipeError
-from fd_scale.run.recipe import Recipe
+from fd_scale.run.recipe import RunRecipe
 
 if TYPE_CHECKING:
     from fd_scale.run.world import World
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _GIB = 2**30
 
 
-def access_of(recipe: Recipe) -> Access:
+def access_of(recipe: RunRecipe) -> Access:
     """How the recipe reaches remote shards."""
     run = recipe.run
     return Access(
@@ -28,7 +28,7 @@ def access_of(recipe: Recipe) -> Access:
     )
 
 
-def open_shards(recipe: Recipe, *, check: bool = True) -> ShardSet:
+def open_shards(recipe: RunRecipe, *, check: bool = True) -> ShardSet:
     """The recipe's shards; raises ``RecipeError`` when it names none, and as ``ShardSet.open`` does."""
     folders = list(recipe.data.sources) if recipe.data.shards is None else [recipe.data.shards]
     if not folders:
@@ -39,7 +39,7 @@ def open_shards(recipe: Recipe, *, check: bool = True) -> ShardSet:
     return ShardSet.open(*folders, access=access_of(recipe), check=check)
 
 
-def open_together(recipe: Recipe, world: World) -> ShardSet:
+def open_together(recipe: RunRecipe, world: World) -> ShardSet:
     """The same on every rank, each looking at its part of the files; collective.
 
     What any rank finds missing is refused by all, in one list.
@@ -49,7 +49,7 @@ def open_together(recipe: Recipe, world: World) -> ShardSet:
     return shards
 
 
-def plan_of(recipe: Recipe, shards: ShardSet) -> Plan:
+def plan_of(recipe: RunRecipe, shards: ShardSet) -> Plan:
     """The order of the run's samples; raises as ``Plan`` does."""
     weights = list(recipe.data.sources.values()) or [1.0]
     return Plan(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fd_scale.engine.adamw import adamw, reset_steps
 from fd_scale.engine.optim import parameter_groups
 from fd_scale.engine.schedule import learning_rate
-from fd_scale.run.recipe import Recipe
+from fd_scale.run.recipe import RunRecipe
 from fd_scale.run.scale import FIXED, MICRO_BATCH, Resolved
 from fd_scale.run.world import World
 
@@ -44,12 +44,19 @@ class Engine:
     """
 
     def __init__(
-        self, module: nn.Module, recipe: Recipe, resolved: Resolved, world: World, *, start_step: int = 0
+        self,
+        module: nn.Module,
+        recipe: RunRecipe,
+        resolved: Resolved,
+        world: World,
+        *,
+        groups: list[dict[str, Any]] | None = None,
+        start_step: int = 0,
     ) -> None:
         self.recipe = recipe
         self.step_number = start_step
         self.skipped_in_a_row = 0
-        groups = parameter_groups(
+        groups = groups or parameter_groups(
             module, weight_decay=recipe.optim.weight_decay, decay_position=recipe.optim.decay_position
         )
         self.group_facts = [(group["name"], len(group["params"]), group["weight_decay"]) for group in groups]

@@ -36,7 +36,7 @@ from typing import Any
 
 from fd_scale import __version__
 from fd_scale.errors import RecipeError, RunError
-from fd_scale.run.recipe import Recipe
+from fd_scale.run.recipe import Recipe, RunRecipe
 from fd_scale.run.recipe import load as load_recipe
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "open_clip_torch", "webdataset", "simplejpeg")
@@ -52,7 +52,7 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def open(cls, root: Path | str, recipe: Recipe) -> RunFolder:
+    def open(cls, root: Path | str, recipe: RunRecipe) -> RunFolder:
         """The directory of ``recipe`` under ``root``, made where it is missing.
 
         Raises ``RunError`` for a directory of this name that holds another recipe, a damaged one or none,

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
@@ -34,16 +34,13 @@ MAX_STREAMS = 1024
 """Most streams that the order of the data is cut into, hence most processes that can share a run."""
 
 
-class Recipe(Section):
-    """One run, whole."""
+class RunRecipe(Section):
+    """What is asked of any run, whatever it learns: order of the data, optimizer, schedule, habits."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
     notes: str = ""
     """Where the numbers come from, and what was decided where sources disagree."""
-    student: Student
-    teacher: Teacher
     view: View = View()
-    objective: Objective = Objective()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     data: Data = Data()
@@ -55,8 +52,7 @@ class Recipe(Section):
     run: Habits = Habits()
 
     @model_validator(mode="after")
-    def _pairs(self) -> Recipe:
-        self._family()
+    def _lengths(self) -> Self:
         for name in ("min_lr", "warmup_lr"):
             if getattr(self.schedule, name) > self.optim.lr:
                 raise ValueError(
@@ -73,28 +69,6 @@ class Recipe(Section):
                 f"{self.schedule.images:,}"
             )
         return self
-
-    def _family(self) -> None:
-        """Position and LayerScale belong to the ViTs of ``models`` and to no other family."""
-        student = self.student
-        if student.architecture.startswith("vit_"):
-            if student.position is None:
-                raise ValueError(
-                    f"student.position=null leaves {student.architecture!r} without positions: "
-                    "choose shared_rpb, rpb or ape"
-                )
-            return
-        if student.position is not None:
-            raise ValueError(
-                f"student.position={student.position!r} is for the ViTs of models (vit_*); "
-                f"{student.architecture!r} brings its own: set student.position=null"
-            )
-        if student.layer_scale is not None:
-            raise ValueError(
-                f"student.layer_scale={student.layer_scale} is for the ViTs of models (vit_*), not for "
-                f"{student.architecture!r}: set student.layer_scale=null, and give the architecture's own "
-                "argument in student.arguments"
-            )
 
     @property
     def steps(self) -> int:
@@ -136,24 +110,69 @@ class Recipe(Section):
         return self.model_dump_json(indent=2) + "\n"
 
 
+class Recipe(RunRecipe):
+    """One distillation, whole."""
+
+    student: Student
+    teacher: Teacher
+    objective: Objective = Objective()
+
+    @model_validator(mode="after")
+    def _family(self) -> Self:
+        """Position and LayerScale belong to the ViTs of ``models`` and to no other family."""
+        student = self.student
+        if student.architecture.startswith("vit_"):
+            if student.position is None:
+                raise ValueError(
+                    f"student.position=null leaves {student.architecture!r} without positions: "
+                    "choose shared_rpb, rpb or ape"
+                )
+            return self
+        if student.position is not None:
+            raise ValueError(
+                f"student.position={student.position!r} is for the ViTs of models (vit_*); "
+                f"{student.architecture!r} brings its own: set student.position=null"
+            )
+        if student.layer_scale is not None:
+            raise ValueError(
+                f"student.layer_scale={student.layer_scale} is for the ViTs of models (vit_*), not for "
+                f"{student.architecture!r}: set student.layer_scale=null, and give the architecture's own "
+                "argument in student.arguments"
+            )
+        return self
+
+
+R = TypeVar("R", bound=RunRecipe)
+
+
 def streams_of(global_batch: int) -> int:
     """The largest divisor of the global batch up to ``MAX_STREAMS``: so many streams has the data's order."""
     return next(size for size in range(min(global_batch, MAX_STREAMS), 0, -1) if global_batch % size == 0)
 
 
 def build(values: Mapping[str, Any]) -> Recipe:
-    """A checked recipe from nested plain values; a ``RecipeError`` names field, value and remedy."""
+    """A checked recipe of a distillation from nested plain values; errors as of ``checked``."""
+    return checked(Recipe, values)
+
+
+def checked(kind: type[R], values: Mapping[str, Any]) -> R:
+    """A checked recipe of a kind from nested plain values; a ``RecipeError`` names field and remedy."""
     try:
         # JSON mode: lists become tuples, while every other type stays strict.
-        return Recipe.model_validate_json(json.dumps(values))
+        return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from None
+        raise RecipeError(_explain(kind, error)) from None
     except TypeError as error:
         raise RecipeError(f"recipe: {error}") from None
 
 
 def load(path: Path) -> Recipe:
-    """The recipe recorded in a JSON file."""
+    """The recipe of a distillation recorded in a JSON file."""
+    return build(read_values(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The plain values of a recipe file, not yet checked; raises ``RecipeError`` for a file that has none."""
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
@@ -164,18 +183,18 @@ def load(path: Path) -> Recipe:
         raise RecipeError(f"recipe file {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"recipe file {path} holds {type(values).__name__}, expected an object")
-    return build(values)
+    return values
 
 
-def derive(recipe: Recipe, **changes: Any) -> Recipe:
+def derive(recipe: R, **changes: Any) -> R:
     """A recipe like ``recipe`` with dotted fields changed: ``derive(r, **{"optim.lr": 1e-3})``."""
     values = recipe.model_dump(mode="json")
     for key, value in changes.items():
         _assign(values, key, value)
-    return build(values)
+    return checked(type(recipe), values)
 
 
-def apply_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+def apply_overrides(recipe: R, assignments: Iterable[str]) -> R:
     """``--set`` assignments ``section.field=value`` in order; values are JSON or Python literals, or text."""
     changes: dict[str, Any] = {}
     for assignment in assignments:
@@ -215,7 +234,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     place[leaf] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(kind: type[RunRecipe], error: ValidationError) -> str:
     lines: dict[str, str] = {}
     for issue in error.errors():
         location = issue["loc"]
@@ -228,7 +247,7 @@ def _explain(error: ValidationError) -> str:
             continue
         where = ".".join(str(part) for part in location)
         if issue["type"] == "extra_forbidden":
-            valid = _fields_at(location[:-1])
+            valid = _fields_at(kind, location[:-1])
             guess = near_misses(str(location[-1]), valid)
             lines[where] = f"unknown recipe field {where!r}{guess} (fields here: {', '.join(valid)})"
             continue
@@ -237,8 +256,8 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines.values())
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Recipe
+def _fields_at(kind: type[RunRecipe], location: tuple[int | str, ...]) -> list[str]:
+    model: Any = kind
     for part in location:
         model = model.model_fields[part].annotation
     return list(model.model_fields)

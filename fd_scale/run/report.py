@@ -24,7 +24,7 @@ from rich.text import Text
 
 from fd_scale.errors import RunError
 from fd_scale.run.folder import RunFolder, write_atomically
-from fd_scale.run.recipe import Recipe
+from fd_scale.run.recipe import RunRecipe
 
 FORMATS: Mapping[str, str] = {
     "loss": "loss {:.4f}",
@@ -58,7 +58,7 @@ class Reporter:
     def __init__(
         self,
         folder: RunFolder,
-        recipe: Recipe,
+        recipe: RunRecipe,
         *,
         enabled: bool,
         total_steps: int,
@@ -221,7 +221,7 @@ class _Bar(Progress):
 class _Uploader:
     """Hands values to W&B in a thread, by a queue that never blocks the run; one failure ends it."""
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: RunFolder, recipe: RunRecipe, say: Callable[[str], None]) -> None:
         self._folder, self._recipe, self._say = folder, recipe, say
         self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(maxsize=10_000)
         self._broken = False

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from fd_scale.errors import ScaleError, near_misses
 from fd_scale.run.ds_keys import OWN_SECTION, problems
-from fd_scale.run.recipe import Recipe, streams_of
+from fd_scale.run.recipe import RunRecipe, streams_of
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 
@@ -101,7 +101,7 @@ def load(name_or_path: str) -> Scale:
     )
 
 
-def resolve(scale: Scale, recipe: Recipe, world_size: int) -> Resolved:
+def resolve(scale: Scale, recipe: RunRecipe, world_size: int) -> Resolved:
     """The DeepSpeed dict of ``recipe`` at ``scale`` on ``world_size`` processes.
 
     Accumulation is global batch / (micro-batch x world size). Raises ``ScaleError`` where that is not whole,

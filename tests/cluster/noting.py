@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fd_scale import cli, distill
+from fd_scale import cli, training
 from fd_scale.engine.saving import Saver
 from fd_scale.run.world import StopRequest
 
@@ -25,16 +25,17 @@ PAUSES = os.environ.get("PAUSES", "").split()
 SEEN = Path(f"seen-{os.environ['SLURM_PROCID']}.jsonl").absolute()
 
 
-class Noting(distill.Run):
+class Noting(training.Run):
     """A run that notes its batches before it uses them."""
 
     request: StopRequest
 
     def train(self, stop: StopRequest, *arguments: Any) -> int:
-        self.request = stop
+        self.request, self.inner = stop, self.task.loss
+        self.task.loss = self.loss  # type: ignore[method-assign]
         return super().train(stop, *arguments)
 
-    def losses(self, batch: Any) -> Any:
+    def loss(self, engine: Any, batch: Any) -> Any:
         step = self.engine.step_number
         with SEEN.open("a") as file:
             row = {"start": int(START), "step": step, "time": time.time(), "keys": batch.keys}
@@ -43,7 +44,7 @@ class Noting(distill.Run):
             print(f"pausing before step {step}", flush=True)
             while not self.request._received:
                 time.sleep(0.05)
-        return super().losses(batch)
+        return self.inner(engine, batch)
 
     def saver(self, resumed_at: int | None) -> Saver:
         saver = super().saver(resumed_at)
@@ -60,6 +61,6 @@ class Noting(distill.Run):
 
 
 if __name__ == "__main__":
-    distill.Run = Noting  # type: ignore[misc]
+    training.Run = Noting  # type: ignore[misc]
     sys.argv[1:] = sys.argv[4:]  # without the interpreter, -m and the package
     cli.main()

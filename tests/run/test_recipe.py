@@ -56,7 +56,7 @@ def test_defaults_are_those_of_the_papers(recipe):
         ),
         ("studnet.input_size=64", "unknown recipe field 'studnet.input_size'; did you mean student"),
         ("objective.cls_wieght=1", "did you mean cls_weight"),
-        ("zzz=1", "unknown recipe field 'zzz' (fields here: name, notes, student, teacher,"),
+        ("zzz=1", "unknown recipe field 'zzz' (fields here: name, notes, view, optim,"),
         ("optim.lr.peak=1", "unknown recipe field 'optim.lr.peak' (fields here: none, it is a plain value)"),
         ("student.arguments.a.b=1", "unknown recipe field 'student.arguments.a.b'"),
         ("optim={'lr': 1e-3, 'clip': 1.0}", "unknown recipe field 'optim.clip'; did you mean clip_norm?"),

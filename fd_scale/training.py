@@ -1,0 +1,310 @@
+"""The loop, and how a run is put together around it.
+
+A step: a micro-batch, the task's loss, and the engine steps. What is learnt is the task's, what a run is
+asked is the recipe's, how it fits is the scale's, where it lies is the folder's, and how it goes on after a
+stop is the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fd_scale.data.index import ShardSet
+from fd_scale.data.loader import TrainLoader
+from fd_scale.data.plan import Plan
+from fd_scale.data.reader import Batch
+from fd_scale.data.sets import plan_of
+from fd_scale.engine import checkpoint, saving
+from fd_scale.engine.zero import Engine, StepOutcome
+from fd_scale.errors import RunError, UserError
+from fd_scale.meter import Meter
+from fd_scale.run.folder import RunFolder, environment
+from fd_scale.run.lease import Lease
+from fd_scale.run.recipe import RunRecipe
+from fd_scale.run.report import Reporter
+from fd_scale.run.scale import Resolved
+from fd_scale.run.state import announce
+from fd_scale.run.watchdog import Watchdog
+from fd_scale.run.world import StopRequest, World, launch, seed_step
+
+log = logging.getLogger("fd_scale")
+
+
+def run(prepare: Callable[[World], Run]) -> None:
+    """Run what ``prepare`` puts together to its end, going on from its newest checkpoint; ends the process
+    and never returns.
+
+    Exit status 0: all images were seen and the task concluded, or SIGUSR2 (a scheduler's warning) stopped it
+    with everything saved. 128 + n: signal n did. 2: wrong input. 1: anything else, with a traceback.
+    """
+
+    def action(world: World) -> int:
+        started: Run | None = None
+        try:
+            started = prepare(world)
+            return started.go()
+        except UserError as error:
+            # Every rank says so before it leaves: the first one to leave may be the last that is left alive.
+            announce(f"FAILED {error}", None if started is None else started.folder.path)
+            raise
+        finally:
+            if started is not None:
+                started.give_back()
+
+    launch(action)
+
+
+class Task(Protocol):
+    """What is learnt: the part of a run that differs between distillation, fine-tuning and a probe."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What the engine trains; the run hands it over."""
+
+    @property
+    def groups(self) -> list[dict[str, Any]] | None:
+        """Parameter groups of ``module``; None for those of ``engine.optim``."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Sides of the views that a batch must hold, pixels."""
+
+    @property
+    def labels(self) -> bool:
+        """Whether a batch must hold labels."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint must know of the task: frozen networks by their fingerprints, and the like."""
+
+    def check(self, facts: Mapping[str, Any], checkpoint: Path) -> None:
+        """Raise ``RunError`` when a checkpoint with these facts is not of this task."""
+
+    def loss(self, engine: Engine, batch: Batch) -> Tensor:
+        """The mean loss of this rank's micro-batch, a scalar with a gradient."""
+
+    def maps(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """What the networks give for a batch, (B, ...) by name: where to look for what is not finite."""
+
+    def finish(self, run: Run) -> None:
+        """What is done once, after the last step was saved. Collective."""
+
+
+class Run:
+    """Everything of one run on this process: task, data, engine, folder."""
+
+    def __init__(
+        self, recipe: RunRecipe, task: Task, shards: ShardSet, resolved: Resolved, world: World
+    ) -> None:
+        self.recipe, self.task, self.shards, self.resolved, self.world = recipe, task, shards, resolved, world
+        self.plan = plan_of(recipe, shards)
+        self.folder = world.on_main(lambda: RunFolder.open(recipe.run.root, recipe))
+        self.engine = Engine(task.module, recipe, resolved, world, groups=task.groups)
+        self.started_at = 0
+        # Last, for nothing was written so far, and a start that fails on its input has nothing to give back.
+        self.lease = Lease(self.folder.path)
+        world.on_main(lambda: self.lease.take(log.warning))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint must know beside the weights: of the task, and whose images."""
+        return {
+            "recipe": self.recipe.fingerprint,
+            **self.task.facts,
+            "data": self.plan.state(self.engine.step_number),
+        }
+
+    def go(self) -> int:
+        """Resume, train, save, export; the exit status."""
+        saver = self.saver(self.resume())
+        self.started_at = self.engine.step_number
+        if self.engine.step_number >= self.recipe.steps:
+            log.info("%s is finished: %d steps", self.folder.path, self.engine.step_number)
+            return self.finish()
+        self.announce("RUNNING")
+        watchdog = self.watchdog()
+        stop = StopRequest()
+        reporter = Reporter(
+            self.folder,
+            self.recipe,
+            enabled=self.world.is_main,
+            total_steps=self.recipe.steps,
+            start_step=self.engine.step_number,
+        )
+        try:
+            received = self.train(stop, reporter, saver, watchdog)
+        finally:
+            reporter.close()
+        watchdog.beat("the last step")
+        saver.save(self.engine, self.facts)
+        saver.wait()
+        watchdog.stop()
+        if received and self.engine.step_number < self.recipe.steps:
+            name = signal.Signals(received).name
+            log.info(
+                "stopped by %s at step %d; the same command goes on from here", name, self.engine.step_number
+            )
+            self.announce("PREEMPTED")
+            return 0 if received == signal.SIGUSR2 else 128 + received
+        return self.finish()
+
+    def train(self, stop: StopRequest, reporter: Reporter, saver: saving.Saver, watchdog: Watchdog) -> int:
+        """Steps until the end or a signal; returns the signal's number, or 0."""
+        meter = Meter(self.recipe.global_batch)
+        loader = self.loader(self.engine.step_number)
+        seed_step(self.recipe.seed, self.engine.step_number, self.world.rank)
+        received = 0
+        for batch in meter.waiting(iter(loader)):
+            loss = self.task.loss(self.engine, batch)
+            outcome = self.engine.step(loss)
+            meter.add(loss)
+            watchdog.beat(f"step {self.engine.step_number}")
+            if outcome is None:
+                continue
+            self.after_step(outcome, meter, reporter, loader, saver)
+            received = stop.poll()
+            if received:
+                break
+        loader.settle(self.world.gather)
+        return stop.close() or received
+
+    def after_step(
+        self,
+        outcome: StepOutcome,
+        meter: Meter,
+        reporter: Reporter,
+        loader: TrainLoader,
+        saver: saving.Saver,
+    ) -> None:
+        """What happens between two optimizer steps: a new seed, a log line, a checkpoint, a look at skipped
+        steps."""
+        step, habits = self.engine.step_number, self.recipe.run
+        seed_step(self.recipe.seed, step, self.world.rank)
+        meter.end_step(outcome)
+        if self.engine.skipped_in_a_row >= habits.max_nonfinite_steps:
+            raise RunError(self.explain_nonfinite(step - 1))
+        if step % habits.log_every_steps == 0 or step == self.recipe.steps:
+            bad = loader.settle(self.world.gather).bad
+            reporter.log(step, meter.read(self.world) | {"bad_samples": float(bad)})
+            self.world.together(saver.check)
+        if step % habits.save_every_steps == 0 and step < self.recipe.steps:
+            loader.settle(self.world.gather)
+            with meter.stalled():
+                saver.save(self.engine, self.facts)
+
+    def loader(self, start_step: int, stop_step: int | None = None) -> TrainLoader:
+        """Micro-batches of this rank from ``start_step`` on, up to the end of the run or before
+        ``stop_step``."""
+        return TrainLoader(
+            self.shards,
+            self.plan,
+            self.recipe.view,
+            self.task.sizes,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            micro_batch=self.resolved.micro_batch,
+            accumulation=self.resolved.accumulation,
+            start_step=start_step,
+            stop_step=self.recipe.steps if stop_step is None else stop_step,
+            workers=self.recipe.run.workers,
+            decoder=self.recipe.run.decoder,
+            max_bad_fraction=self.recipe.data.max_bad_fraction,
+            max_bad_shards=self.recipe.data.max_bad_shards,
+            quarantine_path=self.folder.quarantine,
+            labels=self.task.labels,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def resume(self) -> int | None:
+        """Load the newest whole checkpoint, unless task or data are other ones than it was made with; its
+        step, or None."""
+        folder = self.folder.checkpoints
+        found = checkpoint.newest(folder, self.world, log.warning)
+        if found is None:
+            return None
+        self.task.check(found.facts, found.path)
+        self.plan = self.resumed_plan(found.facts["data"])
+        checkpoint.load(found, self.engine)
+        self.world.on_main(lambda: checkpoint.set_aside(folder, after=found.step))
+        log.info("going on from step %d of %d in %s", found.step, self.recipe.steps, self.folder.path)
+        return found.step
+
+    def resumed_plan(self, state: Mapping[str, Any]) -> Plan:
+        """The plan to go on with; a data set that has changed is taken up only if the recipe says so."""
+        plan = self.plan.resumed(state, on_change=self.recipe.data.on_change)
+        if changed := self.plan.differences(state):
+            log.warning("the data set has changed (%s): taken from its next epoch on", ", ".join(changed))
+        return plan
+
+    def saver(self, resumed_at: int | None) -> saving.Saver:
+        """What saves the checkpoints, and lets go of old ones once a new one stands."""
+        habits, folder = self.recipe.run, self.folder.checkpoints
+
+        def committed(step: int) -> None:
+            saving.retain(folder, keep_last=habits.keep_last, keep_every_steps=habits.keep_every_steps)
+            self.announce("RUNNING", step)
+
+        return saving.Saver(
+            folder,
+            self.world,
+            background=habits.async_save,
+            last_step=resumed_at,
+            before_commit=self.lease.check,
+            committed=committed,
+            stage=self.world.together(saving.stage),
+        )
+
+    def watchdog(self) -> Watchdog:
+        """Record this start, and watch over its steps from now on."""
+        facts = environment() if self.world.is_main else {}
+        record = self.world.on_main(
+            lambda: self.folder.new_start(self.resolved.ds_config, facts | {"world_size": self.world.size})
+        )
+        limit_s = self.recipe.run.watchdog_s
+        return Watchdog(record / "stacks", limit_s, rank=self.world.rank, world_size=self.world.size)
+
+    def finish(self) -> int:
+        """Let the task conclude."""
+        self.task.finish(self)
+        if self.world.is_main:
+            announce(f"DONE step={self.engine.step_number}", self.folder.path)
+        return 0
+
+    def announce(self, word: str, step: int | None = None) -> None:
+        """Say how the run stands, with a step that is saved (that of the engine by default) and the one this
+        start began from."""
+        if self.world.is_main:
+            saved = self.engine.step_number if step is None else step
+            announce(f"{word} step={saved} from={self.started_at}", self.folder.path)
+
+    def give_back(self) -> None:
+        """Let the next start have the run directory at once."""
+        if self.world.is_main:
+            self.lease.give_back()
+
+    @torch.no_grad()
+    def explain_nonfinite(self, step: int) -> str:
+        """Which network and which samples made step ``step`` not finite, found by running it once more.
+        Collective."""
+        culprits: dict[str, list[str]] = {}
+        for batch in self.loader(step, step + 1):
+            for name, values in self.task.maps(self.engine, batch).items():
+                bad = ~torch.isfinite(values.flatten(1)).all(1)
+                culprits.setdefault(name, []).extend(
+                    k for k, wrong in zip(batch.keys, bad.tolist(), strict=True) if wrong
+                )
+        everywhere = (pair for ranks in self.world.gather(culprits) for pair in ranks.items())
+        found = [f"{name} on {', '.join(keys[:8])}" for name, keys in everywhere if keys]
+        seen = "; ".join(found) or "only the gradient, all features are finite"
+        return (
+            f"loss or gradient was not finite for {self.recipe.run.max_nonfinite_steps} steps in a row, the "
+            f"last one step {step}; not finite there: {seen}. Lower optim.lr, look at these samples, or try "
+            "another precision; the last checkpoint is intact"
+        )

@@ -29,12 +29,13 @@ def checkpoints(
     from fd_scale.engine.checkpoint import committed, faults
     from fd_scale.errors import RunError
     from fd_scale.run.folder import RunFolder
+    from fd_scale.run.values import read_values
 
     folder = RunFolder.at(run).checkpoints
     table = Table("step", "images", "GiB", "files", "processes", "ZeRO", "integrity", box=None)
     for column in table.columns[:-1]:
         column.justify = "right"
-    images = RunFolder.at(run).read_recipe().global_batch
+    images = read_values(RunFolder.at(run).recipe)["global_batch"]
     found = committed(folder)
     damage = []
     for checkpoint in found:

@@ -33,7 +33,7 @@ from fd_scale.teachers.fingerprint import digest
 DISTILLATION, SHIFT = "distillation loss", "shift of its own map"
 CROSS_ENTROPY, TOP1 = "cross entropy", "top-1 accuracy"
 L2 = 1e-2
-"""Penalty of the classifier (``evaluate.linear_fast``); fixed, as nothing is compared with a probe's table."""
+"""Penalty of the classifier (``evaluate.linear_fast``); fixed, as no probe's table is compared with it."""
 FIT_PER_SCORED = 8
 """Images that a classifier is fitted on for each one that the landscape is measured on."""
 

@@ -36,8 +36,8 @@ from typing import Any
 
 from fd_scale import __version__
 from fd_scale.errors import RecipeError, RunError
-from fd_scale.run.recipe import Recipe, RunRecipe
-from fd_scale.run.recipe import load as load_recipe
+from fd_scale.run.recipe import R, Recipe, RunRecipe, checked
+from fd_scale.run.values import read_values
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "open_clip_torch", "webdataset", "simplejpeg")
 """Installed packages whose versions a start records."""
@@ -69,7 +69,7 @@ class RunFolder:
             raise RunError(
                 f"run directory {folder.path} cannot be used ({error.strerror}): set run.root"
             ) from None
-        recorded = folder.read_recipe()
+        recorded = folder.read_as(type(recipe))
         if recorded.fingerprint != recipe.fingerprint:
             raise RunError(
                 f"{folder.recipe} holds another recipe than its directory's name says:\n"
@@ -89,9 +89,14 @@ class RunFolder:
         return folder
 
     def read_recipe(self) -> Recipe:
-        """The recorded recipe; raises ``RunError`` where it is missing or damaged."""
+        """The recorded recipe of a distillation; raises ``RunError`` where it is missing, damaged or of
+        another kind."""
+        return self.read_as(Recipe)
+
+    def read_as(self, kind: type[R]) -> R:
+        """The recorded recipe of a kind; errors as of ``read_recipe``."""
         try:
-            return load_recipe(RunFolder.at(self.path).recipe)
+            return checked(kind, read_values(RunFolder.at(self.path).recipe))
         except RecipeError as error:
             raise RunError(
                 f"{self.recipe} cannot be used: {error}\n"

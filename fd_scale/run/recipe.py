@@ -8,7 +8,6 @@ directory that of ``folder.py``.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ from fd_scale.run.sections import (
     Teacher,
     View,
 )
+from fd_scale.run.values import assign, literal, read_values
 
 MAX_STREAMS = 1024
 """Most streams that the order of the data is cut into, hence most processes that can share a run."""
@@ -171,26 +171,11 @@ def load(path: Path) -> Recipe:
     return build(read_values(path))
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """The plain values of a recipe file, not yet checked; raises ``RecipeError`` for a file that has none."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RecipeError(f"recipe file {path} does not exist") from None
-    except OSError as error:
-        raise RecipeError(f"recipe file {path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe file {path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe file {path} holds {type(values).__name__}, expected an object")
-    return values
-
-
 def derive(recipe: R, **changes: Any) -> R:
     """A recipe like ``recipe`` with dotted fields changed: ``derive(r, **{"optim.lr": 1e-3})``."""
     values = recipe.model_dump(mode="json")
     for key, value in changes.items():
-        _assign(values, key, value)
+        assign(values, key, value)
     return checked(type(recipe), values)
 
 
@@ -201,37 +186,8 @@ def apply_overrides(recipe: R, assignments: Iterable[str]) -> R:
         key, separator, text = assignment.partition("=")
         if not separator or not key.strip():
             raise RecipeError(f"--set {assignment!r} is not of the form section.field=value")
-        changes[key.strip()] = _literal(text.strip())
+        changes[key.strip()] = literal(text.strip())
     return derive(recipe, **changes)
-
-
-def _literal(text: str) -> Any:
-    if text in ("null", "true", "false"):
-        return json.loads(text)
-    try:
-        value = ast.literal_eval(text)
-        json.dumps(value)
-    except (ValueError, SyntaxError, TypeError):
-        return text
-    return value
-
-
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key that exists; ``arguments`` dictionaries alone take new names."""
-    *parents, leaf = key.split(".")
-    place: Any = values
-    for depth, part in enumerate([*parents, leaf]):
-        free = parents[-1:] == ["arguments"] and depth == len(parents)
-        if not isinstance(place, dict) or (part not in place and not free):
-            known = place if isinstance(place, dict) else {}
-            prefix = ".".join(parents[:depth])
-            names = ", ".join(f"{prefix}.{n}" if prefix else n for n in known) or "none, it is a plain value"
-            raise RecipeError(
-                f"unknown recipe field {key!r}{near_misses(part, known)} (fields here: {names})"
-            )
-        if depth < len(parents):
-            place = place[part]
-    place[leaf] = value
 
 
 def _explain(kind: type[RunRecipe], error: ValidationError) -> str:

@@ -223,5 +223,10 @@ class Habits(Section):
     start ends. More than the longest first step and the longest save; ``null`` for no watch."""
     max_nonfinite_steps: PositiveInt = 10
     """Steps in a row with a loss or gradient that is not finite before the run stops."""
+    probe: str | None = None
+    """A folder of labelled shards, a few thousand images, on which kNN, variance explained, rank and drift
+    are measured during the run; ``null`` for none."""
+    probe_every_steps: PositiveInt = 2000
+    """How often, besides step 0 and the last."""
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "fd_scale"

@@ -7,18 +7,18 @@ whitened map. How a run steps, saves and goes on is the loop's business (``train
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fd_scale import training
 from fd_scale.compiled import compile_blocks
-from fd_scale.data import color
 from fd_scale.data.reader import Batch
 from fd_scale.data.sets import open_together
+from fd_scale.engine.adamw import adamw
 from fd_scale.engine.zero import Engine
 from fd_scale.errors import RunError
 from fd_scale.export import export
@@ -34,16 +34,24 @@ from fd_scale.teachers.sharded import placed
 log = logging.getLogger("fd_scale")
 
 
-def distill(recipe: Recipe) -> None:
+class Watch(Protocol):
+    """Measures a run between its steps."""
+
+    def __call__(self, task: Distillation, run: training.Run, step: int) -> dict[str, float]:
+        """Figures when ``step`` steps are done; collective."""
+
+
+def distill(recipe: Recipe, *, watch: Callable[[Recipe, World], Watch | None] | None = None) -> None:
     """Run a recipe to its end, going on from its newest checkpoint; ends the process and never returns.
 
-    For the exit status see ``training.run``.
+    ``watch`` makes what measures the run between its steps. For the exit status see ``training.run``.
     """
 
     def prepare(world: World) -> training.Run:
         resolved = scale.resolve(scale.load(recipe.scale), recipe, world.size)
         shards = open_together(recipe, world)
-        return training.Run(recipe, Distillation(recipe, resolved, world), shards, resolved, world)
+        task = Distillation(recipe, resolved, world, watch=watch(recipe, world) if watch else None)
+        return training.Run(recipe, task, shards, resolved, world)
 
     training.run(prepare)
 
@@ -52,10 +60,16 @@ class Distillation:
     """The networks and the objective of a recipe, on this rank's device; a ``training.Task``."""
 
     labels = False
+    change = None
     groups = None
+    make_optimizer = staticmethod(adamw)
+    average_decay = None
+    keep_steps = ()
 
-    def __init__(self, recipe: Recipe, resolved: Resolved, world: World) -> None:
-        self.device = world.device
+    def __init__(
+        self, recipe: Recipe, resolved: Resolved, world: World, *, watch: Watch | None = None
+    ) -> None:
+        self.device, self.watch = world.device, watch
         dtype = torch.bfloat16 if resolved.bf16 else torch.float32
         teachers = world.together(lambda: load_teachers(recipe, world.device, dtype))
         self.teachers = placed(teachers, resolved, world)
@@ -68,23 +82,15 @@ class Distillation:
     def loss(self, engine: Engine, batch: Batch) -> Tensor:
         """The method: one crop for all, the teachers' maps as they are, the student's prediction, their
         distance."""
-        pixels = self.pixels(batch)
+        pixels = training.on_device(batch, self.device)
         valid = batch.valid.to(self.device, non_blocking=True)
         taught = [guest(pixels) for guest in self.guests]
         predicted = engine(pixels[self.student_size])
         return self.objective(predicted, taught, valid)
 
-    def pixels(self, batch: Batch) -> dict[int, Tensor]:
-        """The views on this rank's device, in the colours that were drawn for them."""
-        views = {size: tensor.to(self.device, non_blocking=True) for size, tensor in batch.pixels.items()}
-        if batch.colors is None:
-            return views
-        colors = batch.colors.to(self.device, non_blocking=True)
-        return {size: color.apply(view, colors) for size, view in views.items()}
-
     def maps(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
         """The teachers' tokens and the student's prediction."""
-        pixels = self.pixels(batch)
+        pixels = training.on_device(batch, self.device)
         taught = {f"teacher {guest.teacher.name}": guest(pixels) for guest in self.guests}
         return taught | {"student": engine(pixels[self.student_size])[0]}
 
@@ -93,10 +99,14 @@ class Distillation:
         """Whose features are learnt."""
         return {"teacher": self.teachers[0].fingerprint}
 
-    def check(self, facts: Mapping[str, Any], checkpoint: Path) -> None:
+    def resume(self, facts: Mapping[str, Any], checkpoint: Path) -> None:
         """Raise ``RunError`` for a checkpoint that was made with another teacher."""
         if differences := difference(facts["teacher"], self.teachers[0].fingerprint):
             raise RunError(f"{checkpoint} was made with another teacher: {'; '.join(differences)}")
+
+    def figures(self, run: training.Run, step: int) -> dict[str, float]:
+        """What ``watch`` measures, if there is one."""
+        return {} if self.watch is None else self.watch(self, run, step)
 
     def finish(self, run: training.Run) -> None:
         """Export the student of the last step."""

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fd_scale.data import color
 from fd_scale.data.index import ShardSet
-from fd_scale.data.loader import TrainLoader
+from fd_scale.data.loader import Change, TrainLoader
 from fd_scale.data.plan import Plan
 from fd_scale.data.reader import Batch
 from fd_scale.data.sets import plan_of
 from fd_scale.engine import checkpoint, saving
+from fd_scale.engine.adamw import MakeOptimizer
 from fd_scale.engine.zero import Engine, StepOutcome
 from fd_scale.errors import RunError, UserError
 from fd_scale.meter import Meter
@@ -44,21 +46,22 @@ def run(prepare: Callable[[World], Run]) -> None:
     Exit status 0: all images were seen and the task concluded, or SIGUSR2 (a scheduler's warning) stopped it
     with everything saved. 128 + n: signal n did. 2: wrong input. 1: anything else, with a traceback.
     """
+    launch(lambda world: drive(prepare, world))
 
-    def action(world: World) -> int:
-        started: Run | None = None
-        try:
-            started = prepare(world)
-            return started.go()
-        except UserError as error:
-            # Every rank says so before it leaves: the first one to leave may be the last that is left alive.
-            announce(f"FAILED {error}", None if started is None else started.folder.path)
-            raise
-        finally:
-            if started is not None:
-                started.give_back()
 
-    launch(action)
+def drive(prepare: Callable[[World], Run], world: World) -> int:
+    """As ``run``, within a process that goes on; the exit status, or the error that is 2 or 1."""
+    started: Run | None = None
+    try:
+        started = prepare(world)
+        return started.go()
+    except UserError as error:
+        # Every rank says so before it leaves: the first one to leave may be the last that is left alive.
+        announce(f"FAILED {error}", None if started is None else started.folder.path)
+        raise
+    finally:
+        if started is not None:
+            started.give_back()
 
 
 class Task(Protocol):
@@ -73,6 +76,14 @@ class Task(Protocol):
         """Parameter groups of ``module``; None for those of ``engine.optim``."""
 
     @property
+    def make_optimizer(self) -> MakeOptimizer:
+        """Builds the optimizer."""
+
+    @property
+    def average_decay(self) -> float | None:
+        """Decay of a moving average of the weights, or None for none."""
+
+    @property
     def sizes(self) -> Sequence[int]:
         """Sides of the views that a batch must hold, pixels."""
 
@@ -81,17 +92,28 @@ class Task(Protocol):
         """Whether a batch must hold labels."""
 
     @property
+    def change(self) -> Change | None:
+        """What is done to the views of every sample where they are decoded."""
+
+    @property
+    def keep_steps(self) -> Collection[int]:
+        """Steps whose checkpoints are not let go of."""
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must know of the task: frozen networks by their fingerprints, and the like."""
 
-    def check(self, facts: Mapping[str, Any], checkpoint: Path) -> None:
-        """Raise ``RunError`` when a checkpoint with these facts is not of this task."""
+    def resume(self, facts: Mapping[str, Any], checkpoint: Path) -> None:
+        """Go on from these facts; raises ``RunError`` when the checkpoint is not of this task."""
 
     def loss(self, engine: Engine, batch: Batch) -> Tensor:
         """The mean loss of this rank's micro-batch, a scalar with a gradient."""
 
     def maps(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
         """What the networks give for a batch, (B, ...) by name: where to look for what is not finite."""
+
+    def figures(self, run: Run, step: int) -> dict[str, float]:
+        """What is measured when ``step`` steps are done, to be logged; nothing at most steps. Collective."""
 
     def finish(self, run: Run) -> None:
         """What is done once, after the last step was saved. Collective."""
@@ -106,7 +128,15 @@ class Run:
         self.recipe, self.task, self.shards, self.resolved, self.world = recipe, task, shards, resolved, world
         self.plan = plan_of(recipe, shards)
         self.folder = world.on_main(lambda: RunFolder.open(recipe.run.root, recipe))
-        self.engine = Engine(task.module, recipe, resolved, world, groups=task.groups)
+        self.engine = Engine(
+            task.module,
+            recipe,
+            resolved,
+            world,
+            groups=task.groups,
+            make_optimizer=task.make_optimizer,
+            average_decay=task.average_decay,
+        )
         self.started_at = 0
         # Last, for nothing was written so far, and a start that fails on its input has nothing to give back.
         self.lease = Lease(self.folder.path)
@@ -159,6 +189,8 @@ class Run:
         """Steps until the end or a signal; returns the signal's number, or 0."""
         meter = Meter(self.recipe.global_batch)
         loader = self.loader(self.engine.step_number)
+        if self.engine.step_number == 0 and (found := self.task.figures(self, 0)):
+            reporter.log(0, found)
         seed_step(self.recipe.seed, self.engine.step_number, self.world.rank)
         received = 0
         for batch in meter.waiting(iter(loader)):
@@ -190,10 +222,13 @@ class Run:
         meter.end_step(outcome)
         if self.engine.skipped_in_a_row >= habits.max_nonfinite_steps:
             raise RunError(self.explain_nonfinite(step - 1))
+        found = self.task.figures(self, step)
         if step % habits.log_every_steps == 0 or step == self.recipe.steps:
             bad = loader.settle(self.world.gather).bad
-            reporter.log(step, meter.read(self.world) | {"bad_samples": float(bad)})
+            reporter.log(step, meter.read(self.world) | {"bad_samples": float(bad)} | found)
             self.world.together(saver.check)
+        elif found:
+            reporter.log(step, found)
         if step % habits.save_every_steps == 0 and step < self.recipe.steps:
             loader.settle(self.world.gather)
             with meter.stalled():
@@ -219,6 +254,7 @@ class Run:
             max_bad_shards=self.recipe.data.max_bad_shards,
             quarantine_path=self.folder.quarantine,
             labels=self.task.labels,
+            change=self.task.change,
             pin_memory=self.world.device.type == "cuda",
         )
 
@@ -229,7 +265,7 @@ class Run:
         found = checkpoint.newest(folder, self.world, log.warning)
         if found is None:
             return None
-        self.task.check(found.facts, found.path)
+        self.task.resume(found.facts, found.path)
         self.plan = self.resumed_plan(found.facts["data"])
         checkpoint.load(found, self.engine)
         self.world.on_main(lambda: checkpoint.set_aside(folder, after=found.step))
@@ -248,7 +284,12 @@ class Run:
         habits, folder = self.recipe.run, self.folder.checkpoints
 
         def committed(step: int) -> None:
-            saving.retain(folder, keep_last=habits.keep_last, keep_every_steps=habits.keep_every_steps)
+            saving.retain(
+                folder,
+                keep_last=habits.keep_last,
+                keep_every_steps=habits.keep_every_steps,
+                keep=self.task.keep_steps,
+            )
             self.announce("RUNNING", step)
 
         return saving.Saver(
@@ -308,3 +349,12 @@ class Run:
             f"last one step {step}; not finite there: {seen}. Lower optim.lr, look at these samples, or try "
             "another precision; the last checkpoint is intact"
         )
+
+
+def on_device(batch: Batch, device: torch.device) -> dict[int, Tensor]:
+    """The views of a batch on a device, by size, in the colours that were drawn for them."""
+    views = {size: tensor.to(device, non_blocking=True) for size, tensor in batch.pixels.items()}
+    if batch.colors is None:
+        return views
+    colors = batch.colors.to(device, non_blocking=True)
+    return {size: color.apply(view, colors) for size, view in views.items()}

@@ -30,13 +30,16 @@ from fd_scale.data.faults import Budget, Fault, Ledger, Totals
 from fd_scale.data.index import ShardSet
 from fd_scale.data.jpeg import Decoder
 from fd_scale.data.plan import Need, Plan, Samples
-from fd_scale.data.reader import Batch, Sizes, Wanted, joined, read_batch
+from fd_scale.data.reader import Batch, Sizes, Views, Wanted, joined, read_batch
 from fd_scale.data.ring import Span
 from fd_scale.data.sets import refuse_want_of_room
 from fd_scale.data.view import centre_view, training_view
 from fd_scale.data.watch import Watch
 from fd_scale.errors import RecipeError, ScaleError, ShardError, UserError
 from fd_scale.run import recipe
+
+Change = Callable[[dict[int, Tensor], np.ndarray], dict[int, Tensor]]
+"""Views by size, and the sample's key, to views changed by what is drawn from the key; must pickle."""
 
 PREFETCH = 2
 """Micro-batches that each worker makes ahead."""
@@ -51,8 +54,8 @@ class TrainLoader:
 
     Iterating gives ``accumulation`` batches of ``micro_batch`` samples per step, without end or up to
     ``stop_step`` (not included), with a view of each of ``sizes`` (pixels; or a function of the step, for a
-    schedule of sizes that changes no crop). ``workers=0`` reads in this process. ``seen`` and ``bad`` count
-    samples as they are consumed.
+    schedule of sizes that changes no crop). ``change`` is made to the views of every sample. ``workers=0``
+    reads in this process. ``seen`` and ``bad`` count samples as they are consumed.
 
     Raises ``ScaleError`` when the numbers do not make up the plan's global batch, and ``RecipeError`` for a
     decoder that is not installed or want of room for remote shards; while iterating, ``ShardError`` once more
@@ -79,6 +82,7 @@ class TrainLoader:
         max_bad_shards: int = 0,
         quarantine_path: Path | None = None,
         labels: bool = False,
+        change: Change | None = None,
         pin_memory: bool = False,
         timeout_s: float = WORKER_TIMEOUT_S,
     ) -> None:
@@ -91,9 +95,12 @@ class TrainLoader:
         refuse_want_of_room(shards, plan, world_size)
         self._plan, self._rank, self._world_size, self._accumulation = plan, rank, world_size, accumulation
         self._start_step, self._stop_step = start_step, stop_step
+        views: Views = functools.partial(training_view, view=view)
+        if change is not None:
+            views = functools.partial(_changed, views, change)
         self.decoder = _resolved(decoder)
         wanted = Wanted(
-            views=functools.partial(training_view, view=view),
+            views=views,
             sizes=sizes if callable(sizes) else functools.partial(_always, tuple(sorted(set(sizes)))),
             exif=view.exif,
             decoder=self.decoder,
@@ -181,6 +188,10 @@ def evaluation_batches(
     ledger = Ledger(None, Budget(max_bad_fraction), rank=rank, verify_command=shards.verify_command)
     requests = _Requests(functools.partial(_in_order, shards.counts, first, last, batch))
     return _Workers(shards, wanted, ledger, workers, False, timeout_s).batches(requests)
+
+
+def _changed(views: Views, change: Change, image: Any, key: np.ndarray, *rest: Any) -> dict[int, Tensor]:
+    return change(views(image, key, *rest), key)
 
 
 def _resolved(decoder: Decoder) -> Decoder:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fd_scale.run.recipe import Optim
+
+
+class MakeOptimizer(Protocol):
+    """Builds an optimizer over parameter groups, which begins at learning rate 0."""
+
+    def __call__(
+        self, groups: list[dict[str, Any]], spec: Optim, device: torch.device, *, clip_here: bool
+    ) -> torch.optim.Optimizer:
+        """``clip_here``: the parameters are whole and float32, and DeepSpeed leaves clipping to it."""
 
 
 def adamw(
@@ -52,14 +61,20 @@ class ClippingAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step on gradients that are already averaged over ranks; ``closure`` is not used."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._global_grad_norm = norm
-        self.overflow = not bool(torch.isfinite(norm))
-        if self.overflow:
-            return
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for group in self.param_groups for p in group["params"]], self.clip_norm, norm
-            )
-        super().step()
+        if clipped_or_skipped(self):
+            super().step()
+
+
+def clipped_or_skipped(optimizer: Any) -> bool:
+    """Clip an optimizer's gradients by their global norm to its ``clip_norm``, or find the norm not finite.
+
+    Sets the two words that DeepSpeed reads off an optimizer. False where the step is to be skipped.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    optimizer._global_grad_norm = norm
+    optimizer.overflow = not bool(torch.isfinite(norm))
+    if not optimizer.overflow and optimizer.clip_norm is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, optimizer.clip_norm, norm)
+    return not optimizer.overflow

@@ -4,7 +4,8 @@ stage.
     checkpoints/
       step-00012000/             a checkpoint: it has this name only when everything in it is on the disk
         manifest.json            step, shapes of all parameters, size and SHA-256 of files, the run's facts
-        rank-00000.safetensors   this rank's fragments: master/<parameter>, exp_avg/..., exp_avg_sq/...
+        rank-00000.safetensors   this rank's fragments: master/<parameter>, exp_avg/..., exp_avg_sq/...,
+                               and average/... in a run that averages its weights
         rank-00001.safetensors
       step-00012500.partial/     a save that was cut off; never read, removed by the next save
       step-00013000.1.damaged/   was passed over by a start, which said why; for a person to look at
@@ -38,7 +39,10 @@ from fd_scale.run.world import World
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-KINDS = ("master", *where.MOMENTS)
+MASTER = "master"
+"""The kind of a fragment that holds weights."""
+AVERAGE = "average"
+"""The kind of a fragment that holds their moving average, in a run that has one."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -215,9 +219,11 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
     with torch.no_grad():
         for fragment in where.fragments(engine.deepspeed):
             span = (fragment.name, fragment.start, fragment.numel)
-            fragment.of(fragment.buffer).copy_(pieces.read("master", *span))
-            for key in where.MOMENTS if taken else ():
+            fragment.of(fragment.buffer).copy_(pieces.read(MASTER, *span))
+            for key in where.moments(engine.deepspeed) if taken else ():
                 fragment.of(state[fragment.buffer][key]).copy_(pieces.read(key, *span))
+        for fragment, average in engine.average.fragments() if engine.average else ():
+            average.copy_(pieces.read(AVERAGE, fragment.name, fragment.start, fragment.numel))
         buffers = dict(engine.module.named_buffers())
         for name, value in pieces.buffers().items():
             buffers[name].copy_(value)

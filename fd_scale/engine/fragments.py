@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM = ("exp_avg", "exp_avg_sq")
 """Adam's state per element."""
 
 
@@ -41,6 +41,11 @@ class Fragment:
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The optimizer that was handed to DeepSpeed."""
     return engine.basic_optimizer
+
+
+def moments(engine: Any) -> tuple[str, ...]:
+    """Names of the optimizer's state per element: Adam's, or what another optimizer says of itself."""
+    return getattr(inner_optimizer(engine), "moments", ADAM)
 
 
 def fragments(engine: Any) -> list[Fragment]:
@@ -113,7 +118,7 @@ def create_moments(engine: Any, steps_taken: int) -> None:
         buffer = fragment.buffer
         inner.state[buffer] = {
             "step": torch.tensor(float(steps_taken), device=_step_device(inner, buffer)),
-            **{key: torch.zeros_like(buffer, memory_format=torch.preserve_format) for key in MOMENTS},
+            **{key: torch.zeros_like(buffer, memory_format=torch.preserve_format) for key in moments(engine)},
         }
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fd_scale.engine import fragments as where
-from fd_scale.engine.checkpoint import FORMAT, MANIFEST, Checkpoint, committed, sha256, shapes
+from fd_scale.engine.checkpoint import AVERAGE, FORMAT, MANIFEST, Checkpoint, committed, sha256, shapes
 from fd_scale.engine.zero import Engine
 from fd_scale.errors import RunError
 from fd_scale.run.folder import sync_directory, write_atomically
@@ -64,6 +64,7 @@ def snapshot(engine: Engine, world: World, facts: dict[str, Any]) -> Snapshot:
         "step": engine.step_number,
         "adam_steps": where.steps_taken(engine.deepspeed),
         "world_size": world.size,
+        "average_decay": engine.average.decay if engine.average else None,
         "zero_stage": int(engine.deepspeed.zero_optimization_stage()),
         "parameters": shapes(engine),
         "facts": facts,
@@ -77,9 +78,11 @@ def snapshot(engine: Engine, world: World, facts: dict[str, Any]) -> Snapshot:
         starts[fragment.name] = str(fragment.start)
         # A copy of each also because views of one flat buffer share storage, which safetensors refuses.
         tensors[f"master/{fragment.name}"] = fragment.of(fragment.buffer).to("cpu", copy=True)
-        for key in where.MOMENTS if fragment.buffer in state else ():
+        for key in where.moments(engine.deepspeed) if fragment.buffer in state else ():
             moment = fragment.of(state[fragment.buffer][key])
             tensors[f"{key}/{fragment.name}"] = moment.to("cpu", copy=True)
+    for fragment, average in engine.average.fragments() if engine.average else ():
+        tensors[f"{AVERAGE}/{fragment.name}"] = average.to("cpu", copy=True)
     if world.rank == 0:
         for name, value in _persistent_buffers(engine.module):
             tensors[f"buffer/{name}"] = value.detach().to("cpu", copy=True).contiguous()
@@ -140,11 +143,15 @@ def save(folder: Path, engine: Engine, world: World, facts: dict[str, Any]) -> C
     return write(folder, snapshot(engine, world, facts), world)
 
 
-def retain(folder: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
-    """Remove all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every_steps``."""
+def retain(
+    folder: Path, *, keep_last: int, keep_every_steps: int | None, keep: Collection[int] = ()
+) -> list[Path]:
+    """Remove all checkpoints but the newest ``keep_last``, those at multiples of ``keep_every_steps``, and
+    those of the steps ``keep``."""
     removed = []
     for checkpoint in committed(folder)[:-keep_last]:
-        if keep_every_steps is None or checkpoint.step % keep_every_steps:
+        multiple = keep_every_steps is not None and checkpoint.step % keep_every_steps == 0
+        if not multiple and checkpoint.step not in keep:
             shutil.rmtree(checkpoint.path)
             removed.append(checkpoint.path)
     return removed

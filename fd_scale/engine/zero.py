@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fd_scale.engine.adamw import adamw, reset_steps
+from fd_scale.engine.adamw import MakeOptimizer, adamw, reset_steps
+from fd_scale.engine.average import Average
 from fd_scale.engine.optim import parameter_groups
 from fd_scale.engine.schedule import learning_rate
 from fd_scale.run.recipe import RunRecipe
@@ -40,7 +42,8 @@ class Engine:
     """A module in training. ``engine(pixels)`` is its forward pass; ``engine.step(loss)`` the rest.
 
     ``step`` counts optimizer steps of the run, applied or skipped: it is the position in the data and the
-    schedule.
+    schedule. ``groups`` are parameter groups by another rule than ``engine.optim``'s; ``average_decay`` is of
+    a moving average of the weights.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class Engine:
         world: World,
         *,
         groups: list[dict[str, Any]] | None = None,
+        make_optimizer: MakeOptimizer = adamw,
+        average_decay: float | None = None,
         start_step: int = 0,
     ) -> None:
         self.recipe = recipe
@@ -61,15 +66,16 @@ class Engine:
         )
         self.group_facts = [(group["name"], len(group["params"]), group["weight_decay"]) for group in groups]
         plain = resolved.zero_stage == 0 and not resolved.bf16
-        optimizer = adamw(groups, recipe.optim, world.device, clip_here=plain)
+        optimizer = make_optimizer(groups, recipe.optim, world.device, clip_here=plain)
         config = dict(resolved.ds_config)
         if plain:
             config["gradient_clipping"] = 0.0
         self.deepspeed = _initialize(module, optimizer, config, world)
         reset_steps(optimizer)
+        self.average = None if average_decay is None else Average(self.deepspeed, average_decay)
         self._set_learning_rate()
 
-    def __call__(self, pixels: Any) -> tuple[Tensor, ...]:
+    def __call__(self, pixels: Any) -> Any:
         return self.deepspeed(pixels)
 
     @property
@@ -79,15 +85,19 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step under way."""
-        schedule = self.recipe.schedule
+        """Learning rate of the step under way, of groups that do not scale it."""
+        return self.lr_of({})
+
+    def lr_of(self, group: Mapping[str, Any]) -> float:
+        """Learning rate of the step under way, of a group with its ``lr_scale`` and ``floor_scale``."""
+        schedule, floor_scale = self.recipe.schedule, group.get("floor_scale", 1.0)
         return learning_rate(
             self.step_number,
             steps=self.recipe.steps,
             warmup_steps=self.recipe.warmup_steps,
-            peak=self.recipe.optim.lr,
-            warmup_lr=schedule.warmup_lr,
-            min_lr=schedule.min_lr,
+            peak=self.recipe.optim.lr * group.get("lr_scale", 1.0),
+            warmup_lr=schedule.warmup_lr * floor_scale,
+            min_lr=schedule.min_lr * floor_scale,
         )
 
     def step(self, loss: Tensor) -> StepOutcome | None:
@@ -105,6 +115,8 @@ class Engine:
         applied = bool(self.deepspeed.was_step_applied())
         norm = self.deepspeed.get_global_grad_norm()
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if applied and self.average is not None:
+            self.average.update()
         outcome = StepOutcome(lr=self.lr, grad_norm=norm if applied else math.nan, applied=applied)
         self.move_to(self.step_number + 1)
         return outcome
@@ -116,7 +128,7 @@ class Engine:
 
     def _set_learning_rate(self) -> None:
         for group in self.deepspeed.basic_optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr_of(group)
 
 
 def shard_frozen(module: nn.Module, world: World, *, bf16: bool) -> nn.Module:

@@ -22,6 +22,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -262,6 +263,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """
     value = random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
     torch.manual_seed(value)
+    random.seed(value)  # Python's and NumPy's are what timm mixes and erases by
+    np.random.seed(value % 2**32)
 
 
 class StopRequest:

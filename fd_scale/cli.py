@@ -30,6 +30,7 @@ app.add_typer(shards_cli.app, name="shards")
 app.command()(checkpoints_cli.checkpoints)
 app.command()(diagnose_cli.diagnose)
 app.command()(evaluate_cli.evaluate)
+app.command()(evaluate_cli.presets)
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", help="Name of a recipe (see `fd-scale recipes`) or path of a recipe.json.")
@@ -73,8 +74,9 @@ def distill(
         Console().print(outline(wanted))
         return
     from fd_scale.distill import distill as run
+    from fd_scale.evaluate.progress import of_recipe
 
-    run(wanted)
+    run(wanted, watch=of_recipe)
 
 
 @app.command()

@@ -6,14 +6,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from fd_scale.errors import UserError, near_misses
 
+if TYPE_CHECKING:
+    from fd_scale.run.transfer import TransferRecipe
+
 FROZEN = ("knn", "linear_fast")
-TASKS = (*FROZEN,)
+TRAINED = {"finetune": "fd_base", "linear": "linear"}
+"""Tasks that are runs of their own, with their default preset."""
+ZEROSHOT = "zeroshot"
+TASKS = (*FROZEN, *TRAINED, ZEROSHOT)
+SUITES = ("classification",)
 
 NetworksArgument = Annotated[
     list[str],
@@ -27,9 +35,28 @@ NetworksArgument = Annotated[
 
 def evaluate(
     networks: NetworksArgument,
-    task: Annotated[str, typer.Option(help="knn, or linear_fast (L-BFGS on features computed once).")],
-    train: Annotated[Path, typer.Option(metavar="SHARDS", help="Labelled shards to learn from.")],
     test: Annotated[Path, typer.Option(metavar="SHARDS", help="Labelled shards to measure on.")],
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SHARDS", help="Labelled shards to learn from; zeroshot: to fit destandardised on."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="knn; linear_fast (L-BFGS on cached features); linear (LARS, as the papers); finetune; "
+            "zeroshot."
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="classification: knn and linear_fast, in a table with what else was measured."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="NETWORK", help="--suite: the network before; RUN#teacher by default."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the records; by default the run's reports/, or reports/.")
     ] = None,
@@ -37,24 +64,149 @@ def evaluate(
         int | None, typer.Option(help="Step of a run's checkpoint; the newest by default.")
     ] = None,
     input_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the input of a library's network, pixels.")
+        int | None, typer.Option(min=1, help="Side of the input, pixels; the network's own by default.")
     ] = None,
     crop_pct: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of the resized side that the central crop keeps.")
-    ] = 0.875,
-    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 256,
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="Share of the resized side that the central crop keeps (0.875, or the preset's).",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="knn, linear_fast: images per forward pass.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes per rank.")] = 0,
     cache: Annotated[
         Path | None, typer.Option(help="Folder in which features are kept for next time.")
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="finetune, linear: a name of `fd-scale presets` (fd_base, linear).")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="finetune, linear: change one field, section.field=value. May be given often."
+        ),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(metavar="SHARDS", help="Shards set aside from training, to select the best save by."),
+    ] = None,
+    global_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images per optimizer step; learning rates follow by the preset's rule."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="finetune, linear: seeds, one run each, as 0,1,2.")] = "0",
+    clip: Annotated[
+        str | None,
+        typer.Option(metavar="NAME@WEIGHTS", help="zeroshot of a run: open_clip's name of its teacher."),
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="zeroshot: class names, one per line, in the order of labels.")
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="zeroshot: templates, one per line with {}; CLIP's 80 by default.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the effective hyper-parameters and stop.")
+    ] = False,
 ) -> None:
     """Measure networks on labelled shards, and write one JSON record per evaluation.
 
-    One process by itself, or several under torchrun, srun or mpirun, which share the work.
+    One process by itself, or several under torchrun, srun or mpirun, which share the work. Fine-tuning and
+    probes are runs: the same command goes on where a stopped one left off.
     """
-    if task not in TASKS:
-        raise UserError(f"unknown --task {task!r}{near_misses(task, TASKS)} (tasks: {', '.join(TASKS)})")
-    from fd_scale.evaluate import frozen
+    _check_words(task, suite, networks)
+    if task == ZEROSHOT:
+        from fd_scale.evaluate.zeroshot import zeroshot
 
-    reading = frozen.Reading(crop_pct=crop_pct, batch=batch, workers=workers, cache=cache)
-    frozen.run(task, networks, train, test, reading, out=out, step=step, input_size=input_size)
+        told: dict[str, Any] = {"clip": clip, "train": train, "classes": classes, "templates": templates}
+        reading_how: dict[str, Any] = {"crop_pct": crop_pct or 1.0, "batch": batch, "workers": workers}
+        zeroshot(networks, test, **told, **reading_how, out=out, step=step)
+        return
+    if train is None:
+        raise UserError("--train is missing: labelled shards to learn from")
+    if suite is not None or task in FROZEN:
+        from fd_scale.evaluate import frozen
+
+        reading = frozen.Reading(crop_pct=crop_pct or 0.875, batch=batch, workers=workers, cache=cache)
+        how: dict[str, Any] = {"out": out, "step": step, "input_size": input_size}
+        if task is not None:
+            frozen.run(task, networks, train, test, reading, **how)
+        else:
+            before = against or f"{networks[0]}#teacher"
+            frozen.run_suite(networks[0], before, train, test, reading, **how)
+        return
+    changes: dict[str, object] = {
+        "start.network": networks[0],
+        "data.shards": str(train),
+        "data.test": str(test),
+        "run.workers": workers,
+    }
+    for name, value in (
+        ("start.step", step),
+        ("start.input_size", input_size),
+        ("measure.crop_pct", crop_pct),
+    ):
+        changes |= {} if value is None else {name: value}
+    if held_out is not None:
+        changes |= {"data.held_out": str(held_out), "measure.select": "held_out"}
+    recipe = _recipe(preset or TRAINED[str(task)], train, global_batch, changes, set_ or [])
+    if recipe.task != task:
+        raise UserError(f"preset {preset} is for --task {recipe.task}, not {task}")
+    if dry_run:
+        from fd_scale.evaluate.outline import outline
+
+        Console(soft_wrap=True).print(outline(recipe))
+        return
+    from fd_scale.run.recipe import derive
+
+    asked = [derive(recipe, seed=seed) for seed in _seeds(seeds)]
+    if task == "finetune":
+        from fd_scale.evaluate.finetune import finetune
+
+        finetune(asked, out=out)
+        return
+    from fd_scale.evaluate.linear import probe
+
+    probe(asked, out=out)
+
+
+def _check_words(task: str | None, suite: str | None, networks: list[str]) -> None:
+    if (task is None) == (suite is None):
+        raise UserError("give either --task or --suite")
+    if suite is not None and suite not in SUITES:
+        raise UserError(f"unknown --suite {suite!r} (suites: {', '.join(SUITES)})")
+    if task is not None and task not in TASKS:
+        raise UserError(f"unknown --task {task!r}{near_misses(task, TASKS)} (tasks: {', '.join(TASKS)})")
+    if len(networks) > 1 and task not in (*FROZEN, ZEROSHOT):
+        raise UserError(f"{task or 'a suite'} takes one network at a time, not {len(networks)}")
+
+
+def presets() -> None:
+    """List the presets of fine-tuning and of the linear probe."""
+    from fd_scale.run.presets import table
+
+    Console(soft_wrap=True).print(table())
+
+
+def _recipe(
+    preset: str, train: Path, global_batch: int | None, changes: dict[str, object], assignments: list[str]
+) -> TransferRecipe:
+    from fd_scale.data.index import ShardSet
+    from fd_scale.run.presets import recipe_of
+    from fd_scale.run.recipe import apply_overrides, derive
+
+    images = ShardSet.open(train).num_samples
+    recipe = recipe_of(preset, images=images, global_batch=global_batch)
+    return apply_overrides(derive(recipe, **changes), assignments)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {text!r} is not a list of whole numbers such as 0,1,2") from None
+    if len(set(found)) < len(found):
+        raise UserError(f"--seeds {text!r} names a seed twice")
+    return found

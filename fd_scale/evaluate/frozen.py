@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from fd_scale.data.index import ShardSet
-from fd_scale.evaluate import knn, linear_fast, overlap
+from fd_scale.evaluate import knn, linear_fast, overlap, suite
 from fd_scale.evaluate.backbone import Backbone
 from fd_scale.evaluate.features import (
     CROP_PCT,
@@ -27,7 +26,7 @@ from fd_scale.evaluate.features import (
     of_shards,
     together,
 )
-from fd_scale.evaluate.record import Record, write_all
+from fd_scale.evaluate.record import Record, table, write_all
 from fd_scale.evaluate.source import open_source, reports_of
 from fd_scale.run.folder import environment
 from fd_scale.run.world import World, launch
@@ -47,6 +46,42 @@ class Reading:
     """Decoding processes per rank."""
     cache: Path | None = None
     """Folder in which features are kept."""
+
+
+def run_suite(
+    network: str,
+    against: str,
+    train: Path,
+    test: Path,
+    reading: Reading,
+    *,
+    out: Path | None,
+    step: int | None,
+    input_size: int | None,
+) -> None:
+    """Measure two networks by every task of ``TASKS``, and put them side by side with whatever else was
+    measured of them into the same folder; ends the process and never returns."""
+
+    def action(world: World) -> int:
+        folder = out or reports_of(network)
+        pair = open_pair(train, test, world)
+        names = []
+        for text in (against, network):
+            opened = partial(open_source, text, step=step, input_size=input_size, device=world.device)
+            backbone = world.together(opened)
+            names.append(backbone.name)
+            for task in TASKS:
+                found = measure(task, backbone, pair, reading, world)
+                world.on_main(partial(write_all, found, folder))
+        kept = [one for one in world.on_main(lambda: suite.read_all([folder])) if one.model in names]
+        compared = suite.compare(kept, names[0])
+        for path in world.on_main(lambda: suite.write_reports(compared, folder)):
+            log.info("%s", path)
+        if world.is_main:
+            Console(soft_wrap=True).print(suite.console_table(compared), suite.LEGEND)
+        return 0
+
+    launch(action)
 
 
 def run(
@@ -78,19 +113,6 @@ def run(
         return 0
 
     launch(action)
-
-
-def table(records: Sequence[Record]) -> Table:
-    """One line per record, for the console."""
-    grid = Table("model", "task", "feature", "metric", "%", "+-", box=None)
-    for column in grid.columns[-2:]:
-        column.justify = "right"
-    for record in records:
-        for name, values in record.metrics.items():
-            mean = 100 * sum(values) / len(values)
-            error = f"{100 * record.uncertainty:.2f}" if name == record.headline else ""
-            grid.add_row(record.model, record.task, record.feature, name, f"{mean:.2f}", error)
-    return grid
 
 
 def open_pair(train: Path, test: Path, world: World) -> tuple[ShardSet, ShardSet]:

@@ -13,9 +13,11 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from fd_scale.errors import UserError
 from fd_scale.evaluate.features import standard_error
@@ -147,6 +149,33 @@ def read(path: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{path} is no record of an evaluation ({type(error).__name__}: {error})") from None
     return Record(**known | {"wall_s": math.nan if known["wall_s"] is None else known["wall_s"]})
+
+
+def over_seeds(records: Sequence[Record]) -> Record:
+    """One record of evaluations that differ in their seeds alone. Raises ``RecordError`` for others."""
+    first = records[0]
+    for other in records[1:]:
+        if lines := differences(first, replace(other, seeds=first.seeds)):
+            raise RecordError("these are not seeds of one evaluation:\n  " + "\n  ".join(lines))
+    return replace(
+        first,
+        seeds=[seed for record in records for seed in record.seeds],
+        metrics={name: [v for r in records for v in r.metrics[name]] for name in first.metrics},
+        wall_s=sum(record.wall_s for record in records),
+    )
+
+
+def table(records: Sequence[Record]) -> Table:
+    """One line per record, for the console."""
+    grid = Table("model", "task", "feature", "metric", "%", "+-", box=None)
+    for column in grid.columns[-2:]:
+        column.justify = "right"
+    for record in records:
+        for name, values in record.metrics.items():
+            mean = 100 * sum(values) / len(values)
+            error = f"{100 * record.uncertainty:.2f}" if name == record.headline else ""
+            grid.add_row(record.model, record.task, record.feature, name, f"{mean:.2f}", error)
+    return grid
 
 
 def differences(first: Record, second: Record) -> list[str]:

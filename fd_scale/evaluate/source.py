@@ -13,6 +13,7 @@ Libraries load as they do for teachers: by their own mean, std and input size, w
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -22,7 +23,7 @@ from fd_scale.errors import RunError, UserError, near_misses
 from fd_scale.evaluate.backbone import Backbone, of_export, of_run, of_teacher
 from fd_scale.run import recipe as recipes
 from fd_scale.run.folder import RunFolder
-from fd_scale.teachers import Teacher, load
+from fd_scale.teachers import load
 
 LIBRARIES: tuple[str, ...] = get_args(recipes.Teacher.model_fields["library"].annotation)
 TEACHER = "#teacher"
@@ -41,13 +42,9 @@ def open_source(
     ``step`` chooses a run's checkpoint, ``input_size`` (pixels) is for networks of libraries. Raises
     ``SourceError`` for a word of none of the forms above, and the errors of runs and teachers.
     """
-    library, separator, rest = text.partition(":")
-    if separator and not Path(text).exists():
-        return of_teacher(_teacher(library, rest, input_size, device), device)
-    if text.endswith(TEACHER):
-        spec = run_folder(Path(text.removesuffix(TEACHER))).read_recipe()
-        taught = load(spec.teacher, device=device, dtype=torch.float32, seed=spec.seed)
-        return of_teacher(taught, device)
+    if (asked := library_network(text, input_size=input_size)) is not None:
+        taught = load(asked.spec, device=device, dtype=torch.float32, seed=asked.seed)
+        return replace(of_teacher(taught, device), name=label(text))
     if text.endswith(SUFFIX):
         return of_export(Path(text), device=device)
     return of_run(run_folder(Path(text)).path, step=step, device=device)
@@ -74,7 +71,38 @@ def reports_of(text: str) -> Path:
     return Path("reports")
 
 
-def _teacher(library: str, rest: str, input_size: int | None, device: torch.device | str) -> Teacher:
+def label(text: str, step: int | None = None) -> str:
+    """What a network is called in records: the same by whatever task it is measured."""
+    if ":" in text and not Path(text).exists():
+        return text
+    path = Path(text)
+    if text.endswith(SUFFIX):
+        return path.stem
+    return path.resolve().name + ("" if step is None else f"@{step}")
+
+
+@dataclass(frozen=True)
+class LibraryNetwork:
+    """A network of a library, as teachers are loaded, and the seed of weights that are random."""
+
+    spec: recipes.Teacher
+    seed: int
+
+
+def library_network(text: str, *, input_size: int | None = None) -> LibraryNetwork | None:
+    """The network that ``LIBRARY:NAME@WEIGHTS`` or ``RUN#teacher`` means, or None for other words.
+
+    Raises ``SourceError`` for an unknown library, for missing weights and for a run that is none.
+    """
+    if text.endswith(TEACHER):
+        recipe = run_folder(Path(text.removesuffix(TEACHER))).read_recipe()
+        spec = recipe.teacher
+        return LibraryNetwork(
+            spec if input_size is None else spec.model_copy(update={"input_size": input_size}), recipe.seed
+        )
+    library, separator, rest = text.partition(":")
+    if not separator or Path(text).exists():
+        return None
     if library not in LIBRARIES:
         raise SourceError(
             f"unknown library {library!r}{near_misses(library, LIBRARIES)} "
@@ -90,4 +118,4 @@ def _teacher(library: str, rest: str, input_size: int | None, device: torch.devi
     spec = recipes.Teacher.model_validate(
         {"library": library, "architecture": name, "weights": weights, "input_size": input_size}
     )
-    return load(spec, device=device, dtype=torch.float32, seed=0)
+    return LibraryNetwork(spec, 0)

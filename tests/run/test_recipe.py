@@ -230,6 +230,8 @@ BLIND = {
     "run.max_nonfinite_steps": 1,
     "run.async_save": False,
     "run.watchdog_s": 60.0,
+    "run.probe": "/elsewhere",
+    "run.probe_every_steps": 9,
     "run.wandb": "offline",
     "run.wandb_project": "other",
 }

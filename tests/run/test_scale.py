@@ -17,6 +17,7 @@ from fd_scale.run.recipe import Recipe, derive
 NAMES = [
     "cpu",
     "cpu_bf16",
+    "probe",
     "swinv2g",
     "swinv2g_1gpu",
     "swinv2g_1node",

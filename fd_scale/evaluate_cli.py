@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -117,12 +118,31 @@ def evaluate(
     probes are runs: the same command goes on where a stopped one left off.
     """
     _check_words(task, suite, networks)
+    of_runs: dict[str, object] = {"--preset": preset, "--set": set_, "--held-out": held_out}
+    of_runs |= {"--global-batch": global_batch, "--dry-run": dry_run or None}
+    of_runs |= {"--seeds": None if seeds == "0" else seeds}
+    _refuse_unused(task or "a suite", tuple(TRAINED), of_runs)
+    _refuse_unused(task or "a suite", (*FROZEN, *TRAINED), {"--input-size": input_size})
+    _refuse_unused(task or "a suite", (*FROZEN, "a suite"), {"--cache": cache})
+    _refuse_unused(task or "a suite", ("a suite",), {"--against": against})
+    told = {"--clip": clip, "--classes": classes, "--templates": templates}
+    _refuse_unused(task or "a suite", (ZEROSHOT,), told)
     if task == ZEROSHOT:
         from fd_scale.evaluate.zeroshot import zeroshot
 
-        told: dict[str, Any] = {"clip": clip, "train": train, "classes": classes, "templates": templates}
-        reading_how: dict[str, Any] = {"crop_pct": crop_pct or 1.0, "batch": batch, "workers": workers}
-        zeroshot(networks, test, **told, **reading_how, out=out, step=step)
+        zeroshot(
+            networks,
+            test,
+            clip=clip,
+            train=train,
+            classes=classes,
+            templates=templates,
+            crop_pct=crop_pct or 1.0,
+            batch=batch,
+            workers=workers,
+            out=out,
+            step=step,
+        )
         return
     if train is None:
         raise UserError("--train is missing: labelled shards to learn from")
@@ -130,12 +150,11 @@ def evaluate(
         from fd_scale.evaluate import frozen
 
         reading = frozen.Reading(crop_pct=crop_pct or 0.875, batch=batch, workers=workers, cache=cache)
-        how: dict[str, Any] = {"out": out, "step": step, "input_size": input_size}
         if task is not None:
-            frozen.run(task, networks, train, test, reading, **how)
+            frozen.run(task, networks, train, test, reading, out=out, step=step, input_size=input_size)
         else:
             before = against or f"{networks[0]}#teacher"
-            frozen.run_suite(networks[0], before, train, test, reading, **how)
+            frozen.run_suite(networks[0], before, train, test, reading, out=out, step=step)
         return
     changes: dict[str, object] = {
         "start.network": networks[0],
@@ -181,6 +200,13 @@ def _check_words(task: str | None, suite: str | None, networks: list[str]) -> No
         raise UserError(f"unknown --task {task!r}{near_misses(task, TASKS)} (tasks: {', '.join(TASKS)})")
     if len(networks) > 1 and task not in (*FROZEN, ZEROSHOT):
         raise UserError(f"{task or 'a suite'} takes one network at a time, not {len(networks)}")
+
+
+def _refuse_unused(task: str, tasks: tuple[str, ...], given: Mapping[str, object]) -> None:
+    """Refuse options that ``task`` would not look at; they belong to ``tasks``."""
+    unused = [name for name, value in given.items() if value is not None]
+    if unused and task not in tasks:
+        raise UserError(f"{', '.join(unused)}: of no use to {task}; for {', '.join(tasks)}")
 
 
 def presets() -> None:

@@ -19,11 +19,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fd_scale import timm_maps
+from fd_scale.errors import RunError
 from fd_scale.export import choose, load_student, student_tensors
 from fd_scale.objective.features import Features
 from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from fd_scale.run import recipe as recipes
 from fd_scale.run.folder import RunFolder
+from fd_scale.run.values import read_values
 from fd_scale.student import Student, build_backbone, map_form
 from fd_scale.teachers import Teacher
 from fd_scale.teachers.fingerprint import fingerprint
@@ -110,9 +112,14 @@ def of_export(weights: Path, *, name: str | None = None, device: torch.device | 
 def of_run(run: Path, *, step: int | None = None, device: torch.device | str = "cpu") -> Backbone:
     """The student of a run's checkpoint (the newest, or of ``step``), read straight from its fragments.
 
-    Raises ``RunError`` as ``export`` does.
+    Raises ``RunError`` as ``export`` does, and for a run that learnt labels.
     """
     folder = RunFolder.at(run)
+    if "task" in read_values(folder.recipe):
+        raise RunError(
+            f"{run} is a fine-tuning or a probe: measure it by its own task, or name the network that it "
+            "started from"
+        )
     spec = folder.read_recipe().student
     checkpoint = choose(folder, step)
     network = build_backbone(spec)

@@ -57,17 +57,18 @@ def run_suite(
     *,
     out: Path | None,
     step: int | None,
-    input_size: int | None,
 ) -> None:
-    """Measure two networks by every task of ``TASKS``, and put them side by side with whatever else was
-    measured of them into the same folder; ends the process and never returns."""
+    """Measure two networks, ``network`` at ``step`` of its run, by every task of ``TASKS``, and put them side
+    by side with whatever else was measured of them into the same folder; ends the process and never
+    returns."""
 
     def action(world: World) -> int:
         folder = out or reports_of(network)
         pair = open_pair(train, test, world)
         names = []
         for text in (against, network):
-            opened = partial(open_source, text, step=step, input_size=input_size, device=world.device)
+            chosen = step if text == network else None
+            opened = partial(open_source, text, step=chosen, device=world.device)
             backbone = world.together(opened)
             names.append(backbone.name)
             for task in TASKS:

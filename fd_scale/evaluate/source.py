@@ -42,7 +42,9 @@ def open_source(
     ``step`` chooses a run's checkpoint, ``input_size`` (pixels) is for networks of libraries. Raises
     ``SourceError`` for a word of none of the forms above, and the errors of runs and teachers.
     """
-    if (asked := library_network(text, input_size=input_size)) is not None:
+    asked = library_network(text, input_size=input_size)
+    refuse_unused(text, asked is not None, step=step, input_size=input_size)
+    if asked is not None:
         taught = load(asked.spec, device=device, dtype=torch.float32, seed=asked.seed)
         return replace(of_teacher(taught, device), name=label(text))
     if text.endswith(SUFFIX):
@@ -69,6 +71,17 @@ def reports_of(text: str) -> Path:
         if (folder / "recipe.json").is_file():
             return RunFolder.at(folder).reports
     return Path("reports")
+
+
+def refuse_unused(text: str, of_library: bool, *, step: int | None, input_size: int | None) -> None:
+    """Raise ``SourceError`` for a choice that this kind of network does not have."""
+    if step is not None and (of_library or text.endswith(SUFFIX)):
+        raise SourceError(f"--step {step} is for runs, and {text} is none")
+    if input_size is not None and not of_library:
+        raise SourceError(
+            f"--input-size {input_size}: {text} is measured at the size that it was distilled at; "
+            "fine-tuning alone changes that"
+        )
 
 
 def label(text: str, step: int | None = None) -> str:

@@ -24,6 +24,7 @@ from fd_scale.evaluate.source import (
     SourceError,
     label,
     library_network,
+    refuse_unused,
     run_folder,
 )
 from fd_scale.export import choose, load_student, student_tensors
@@ -100,9 +101,13 @@ def find(start: Start) -> Weights:
     if not start.network:
         raise SourceError("start.network is not set: name a run, an exported file or LIBRARY:NAME@WEIGHTS")
     text = start.network
-    if (asked := library_network(text, input_size=start.input_size)) is not None:
+    asked = library_network(text, input_size=start.input_size)
+    refuse_unused(text, asked is not None, step=start.step, input_size=None)
+    if asked is not None:
+        _refuse_average(start)
         return _of_library(asked, text)
     if text.endswith(SUFFIX):
+        _refuse_average(start)
         with safe_open(text, framework="pt") as file:
             metadata = file.metadata() or {}
         network = load_student(Path(text))
@@ -111,9 +116,17 @@ def find(start: Start) -> Weights:
     folder = run_folder(Path(text))
     checkpoint = choose(folder, start.step)
     if (tuned := transfer.of_run(folder.path)) is None:
+        _refuse_average(start)
         spec = folder.read_recipe().student
         return Weights(spec, student_tensors(checkpoint), label(text, checkpoint.step))
     return _of_tuned(tuned, checkpoint, start)
+
+
+def _refuse_average(start: Start) -> None:
+    if start.weights == "average":
+        raise SourceError(
+            f"start.weights='average' is for fine-tuned runs, and {start.network} is none: set raw"
+        )
 
 
 def _of_library(asked: LibraryNetwork, text: str) -> Weights:

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from fd_scale.errors import TeacherError
+from fd_scale.errors import RunError, TeacherError
 from fd_scale.evaluate.source import SourceError, open_source, reports_of
+from fd_scale.evaluate.start import find
+from fd_scale.run import presets
+from fd_scale.run.transfer import Start
 from fd_scale.teachers import load
 from tests.evaluate.test_backbone import pixels, recipe
 
@@ -30,6 +33,18 @@ def test_a_library_is_asked_by_name_and_weights():
 def test_other_words_are_refused(text, error, message):
     with pytest.raises(error, match=message):
         open_source(text)
+
+
+def test_choices_that_a_network_does_not_have_are_refused(tmp_path):
+    with pytest.raises(SourceError, match="--step 3 is for runs, and timm:test_vit@random is none"):
+        open_source("timm:test_vit@random", step=3)
+    with pytest.raises(SourceError, match=r"--input-size 48: student.safetensors is measured at the size"):
+        open_source("student.safetensors", input_size=48)
+    (tmp_path / "recipe.json").write_text(presets.recipe_of("fd_base").to_json())
+    with pytest.raises(RunError, match="is a fine-tuning or a probe: measure it by its own task"):
+        open_source(str(tmp_path))
+    with pytest.raises(SourceError, match=r"start.weights='average' is for fine-tuned runs"):
+        find(Start(network="timm:test_vit@random", weights="average"))
 
 
 def test_records_go_to_the_run_that_they_are_about(tmp_path):

@@ -91,23 +91,28 @@ class Student(nn.Module):
         return tuple(projector(tokens_BMD) for projector in self.projectors)
 
     def set_grad_checkpointing(self, enable: bool = True, **granularity: Any) -> None:
-        """Recompute the backbone's blocks in the backward pass; ``granularity`` (``every``, ``stages``) says
-        which. Raises ``RecipeError`` where it cannot."""
-        try:
-            self.backbone.set_grad_checkpointing(enable, **granularity)  # type: ignore[operator]
-        except models.ModelError as error:
-            raise RecipeError(f"{error} (activation_checkpointing in the scale file)") from error
-        except (AttributeError, AssertionError) as error:
-            if enable:
-                raise RecipeError(
-                    f"{type(self.backbone).__name__} cannot recompute its activations: set "
-                    "activation_checkpointing to false in the scale file"
-                ) from error
-        except TypeError as error:
+        """Recompute the backbone's blocks in the backward pass; see ``recompute``."""
+        recompute(self.backbone, enable, **granularity)
+
+
+def recompute(backbone: nn.Module, enable: bool = True, **granularity: Any) -> None:
+    """Recompute a network's blocks in the backward pass; ``granularity`` (``every``, ``stages``) says which.
+    Raises ``RecipeError`` where it cannot."""
+    try:
+        backbone.set_grad_checkpointing(enable, **granularity)  # type: ignore[operator]
+    except models.ModelError as error:
+        raise RecipeError(f"{error} (activation_checkpointing in the scale file)") from error
+    except (AttributeError, AssertionError) as error:
+        if enable:
             raise RecipeError(
-                f"{type(self.backbone).__name__} recomputes all of its blocks or none, not "
-                f"{granularity}: set activation_checkpointing to true or false in the scale file"
+                f"{type(backbone).__name__} cannot recompute its activations: set "
+                "activation_checkpointing to false in the scale file"
             ) from error
+    except TypeError as error:
+        raise RecipeError(
+            f"{type(backbone).__name__} recomputes all of its blocks or none, not {granularity}: set "
+            "activation_checkpointing to true or false in the scale file"
+        ) from error
 
 
 def build_student(recipe: recipes.Recipe, teachers: Sequence[MapLike]) -> Student:

@@ -19,8 +19,10 @@ from rich.console import Console
 from torch import Tensor
 
 from fd_scale import training
+from fd_scale.compiled import compile_blocks
 from fd_scale.data.index import ShardSet
 from fd_scale.data.reader import Batch
+from fd_scale.data.sets import open_shards
 from fd_scale.engine import checkpoint
 from fd_scale.engine.adamw import adamw
 from fd_scale.engine.layers import layer_groups
@@ -40,6 +42,7 @@ from fd_scale.run.folder import environment
 from fd_scale.run.scale import Resolved
 from fd_scale.run.transfer import TransferRecipe
 from fd_scale.run.world import World, launch
+from fd_scale.student import recompute
 from fd_scale.teachers import difference
 
 log = logging.getLogger("fd_scale")
@@ -97,7 +100,9 @@ class FineTuning:
         self.begun = time.perf_counter()
         self.start = world.together(lambda: prepare(recipe.start))
         self.module = world.together(lambda: classifier(recipe, self.start, sets))
-        self.module.network.set_grad_checkpointing(resolved.activation_checkpointing)  # type: ignore[operator]
+        recompute(self.module.network, resolved.activation_checkpointing, **resolved.granularity)
+        if resolved.compile:
+            compile_blocks(self.module.network)
         self.groups = groups_of(recipe, self.module)
         self.average_decay = recipe.optim.average_decay
         self.sizes = [self.start.input_size]
@@ -111,7 +116,7 @@ class FineTuning:
     def loss(self, engine: Engine, batch: Batch) -> Tensor:
         """Cross entropy with the soft labels of what was erased and mixed."""
         device = self.world.device
-        pixels = batch.pixels[self.start.input_size].to(device, non_blocking=True)
+        pixels = training.on_device(batch, device)[self.start.input_size]
         labels = torch.as_tensor(batch.labels).to(device, non_blocking=True)
         valid = batch.valid.to(device, non_blocking=True)
         values = normalise(pixels, *self.train_pixels, torch.float32)
@@ -120,7 +125,7 @@ class FineTuning:
 
     def maps(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
         """The logits of the batch without augmentation."""
-        pixels = batch.pixels[self.start.input_size].to(self.world.device)
+        pixels = training.on_device(batch, self.world.device)[self.start.input_size]
         return {"classifier": engine(normalise(pixels, *self.train_pixels, torch.float32))}
 
     @property
@@ -209,7 +214,7 @@ class Sets:
     do not name their classes."""
 
     def __init__(self, recipe: TransferRecipe) -> None:
-        self.train = training.open_shards(recipe)
+        self.train = open_shards(recipe)
         self.test = None if recipe.data.test is None else ShardSet.open(Path(recipe.data.test))
         self.held_out = None if recipe.data.held_out is None else ShardSet.open(Path(recipe.data.held_out))
         for other in (self.test, self.held_out):

@@ -132,7 +132,7 @@ class Probe:
     def loss(self, engine: Engine, batch: Batch) -> Tensor:
         """Cross entropy on the features of this rank's micro-batch."""
         device = self.world.device
-        pixels = batch.pixels[self.backbone.input_size].to(device, non_blocking=True)
+        pixels = training.on_device(batch, device)[self.backbone.input_size]
         labels = torch.as_tensor(batch.labels).to(device, non_blocking=True).clamp_min(0)
         valid = batch.valid.to(device, non_blocking=True)
         soft_BC = smoothed(labels, self.num_classes, self.recipe.augment.smoothing)
@@ -140,7 +140,8 @@ class Probe:
 
     def maps(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
         """The features and the logits."""
-        features = self.features(batch.pixels[self.backbone.input_size])
+        pixels = training.on_device(batch, self.world.device)
+        features = self.features(pixels[self.backbone.input_size])
         return {self.backbone.name: features, "probe": engine(features)}
 
     @property

@@ -76,15 +76,17 @@ class Progress:
             for pixels, valid, named in self.batches(task, run.resolved.micro_batch):
                 seen.clear()
                 predicted = run.engine(pixels[task.student_size])
-                if valid is None:
+                taught = [guest(pixels) for guest in task.guests]
+                first = task.teachers[0]
+                shown = None if self.teacher else first.features(pixels[first.input_size])
+                if valid is None:  # all ranks call all networks equally often: they may be sharded
                     continue
                 students.append(_pooled(as_features(seen[0], module.form), valid))
-                for guest, fit, tokens in zip(task.guests, fits, predicted, strict=True):
-                    target = NORMALISERS[guest.objective.target](guest(pixels))
+                for guest, fit, tokens, wanted in zip(task.guests, fits, predicted, taught, strict=True):
+                    target = NORMALISERS[guest.objective.target](wanted)
                     fit.add(tokens.float()[valid], target[valid])
-                if not self.teacher:
-                    first = task.teachers[0]
-                    teachers.append(_pooled(first.features(pixels[first.input_size]), valid))
+                if shown is not None:
+                    teachers.append(_pooled(shown, valid))
                 labels.append(named[valid.cpu()])
         finally:
             module.train()

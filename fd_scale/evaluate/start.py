@@ -36,7 +36,6 @@ from fd_scale.run.transfer import Start
 from fd_scale.student import TIMM, build_backbone, map_form
 from fd_scale.teachers import load
 from fd_scale.teachers.fingerprint import fingerprint
-from fd_scale.teachers.frozen import FrozenTeacher
 from fd_scale.timm_maps import MapForm
 from models.vit import SHARED_TABLE, unshare
 
@@ -136,8 +135,7 @@ def _of_library(asked: LibraryNetwork, text: str) -> Weights:
             f"{text} cannot be fine-tuned: name the same network in timm, which holds CLIP's towers "
             "(timm:vit_base_patch16_clip_quickgelu_224.openai)"
         )
-    loaded = load(spec, device="cpu", dtype=torch.float32, seed=asked.seed)
-    taught: FrozenTeacher = loaded  # type: ignore[assignment]
+    taught = load(spec, device="cpu", dtype=torch.float32, seed=asked.seed)
     tensors = dict(taught.network.state_dict())
     own = spec.library == "models"
     position: str | None = None

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fd_scale.errors import RecipeError, near_misses
 from fd_scale.run import transfer
-from fd_scale.run.recipe import IMAGENET_1K_IMAGES
+from fd_scale.run.sections import IMAGENET_1K_IMAGES
 from fd_scale.run.transfer import TransferRecipe
 
 NO_MIX = {"augment.mixup": 0.0, "augment.cutmix": 0.0}

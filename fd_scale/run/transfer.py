@@ -14,7 +14,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from fd_scale.run import recipe as recipes
 from fd_scale.run.folder import RunFolder
-from fd_scale.run.recipe import Data, Optim, RunRecipe, Section
+from fd_scale.run.recipe import RunRecipe
+from fd_scale.run.sections import Data, Optim, Section
 from fd_scale.run.values import read_values
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -159,7 +160,7 @@ class TransferRecipe(RunRecipe):
         values = super().science(**how)
         for name in ("test", "held_out"):
             values.get("data", {}).pop(name, None)
-        return values
+        return {name: value for name, value in values.items() if value != {}}
 
 
 def build(values: dict[str, Any]) -> TransferRecipe:

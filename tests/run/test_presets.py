@@ -6,7 +6,8 @@ import pytest
 
 from fd_scale.errors import RecipeError
 from fd_scale.run import presets, recipe, transfer
-from fd_scale.run.recipe import IMAGENET_1K_IMAGES, derive
+from fd_scale.run.recipe import derive
+from fd_scale.run.sections import IMAGENET_1K_IMAGES
 
 MIX, OFF, EMA = (0.8, 1.0), (0.0, 0.0), 0.9998
 COLUMNS = (

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of a file stay together, since they share what it prepares; so do all on the one Slurm cluster."""
+    """Tests of a file stay together, as they share what it prepares, and so do all on the Slurm cluster."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:

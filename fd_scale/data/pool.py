@@ -79,7 +79,7 @@ class _Lines:
     title: str
     total: int | None
     done: int = 0
-    said_at: float = field(default_factory=time.monotonic)
+    said_at: float = field(default_factory=lambda: time.monotonic())  # asked when made, not when imported
 
     def advance(self, count: int) -> None:
         self.done += count

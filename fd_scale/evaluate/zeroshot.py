@@ -100,12 +100,15 @@ def load_clip(text: str, device: torch.device) -> Clip:
     if name not in open_clip.list_models():
         raise SourceError(f"unknown open_clip model {name!r} (--clip)")
     torch.manual_seed(0)
+    logging.disable(logging.INFO)  # open_clip tells each of its thoughts to the root logger
     try:
         model = open_clip.create_model(name, pretrained=None if weights == "random" else weights)
+        settings = open_clip.get_model_preprocess_cfg(model)
+        tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError) as error:
         raise SourceError(f"open_clip cannot load {weights!r} of {name}: {error} (--clip)") from error
-    settings = open_clip.get_model_preprocess_cfg(model)
-    tokenizer = open_clip.get_tokenizer(name)
+    finally:
+        logging.disable(logging.NOTSET)
     return Clip(model.eval().to(device), tokenizer, tuple(settings["mean"]), tuple(settings["std"]), text)
 
 

@@ -170,9 +170,7 @@ def evaluate(
         changes |= {} if value is None else {name: value}
     if held_out is not None:
         changes |= {"data.held_out": str(held_out), "measure.select": "held_out"}
-    recipe = _recipe(preset or TRAINED[str(task)], train, global_batch, changes, set_ or [])
-    if recipe.task != task:
-        raise UserError(f"preset {preset} is for --task {recipe.task}, not {task}")
+    recipe = _recipe(str(task), preset, train, global_batch, changes, set_ or [])
     if dry_run:
         from fd_scale.evaluate.outline import outline
 
@@ -217,14 +215,22 @@ def presets() -> None:
 
 
 def _recipe(
-    preset: str, train: Path, global_batch: int | None, changes: dict[str, object], assignments: list[str]
+    task: str,
+    preset: str | None,
+    train: Path,
+    global_batch: int | None,
+    changes: dict[str, object],
+    assignments: list[str],
 ) -> TransferRecipe:
     from fd_scale.data.index import ShardSet
-    from fd_scale.run.presets import recipe_of
+    from fd_scale.run.presets import find, recipe_of
     from fd_scale.run.recipe import apply_overrides, derive
 
+    name = preset or TRAINED[task]
+    if find(name).task != task:
+        raise UserError(f"preset {name} is for --task {find(name).task}, not {task}")
     images = ShardSet.open(train).num_samples
-    recipe = recipe_of(preset, images=images, global_batch=global_batch)
+    recipe = recipe_of(name, images=images, global_batch=global_batch)
     return apply_overrides(derive(recipe, **changes), assignments)
 
 

@@ -2,29 +2,27 @@
 written.
 
 Networks are built without storage, so the largest recipe is outlined in seconds on any machine. Memory and
-time are not foretold here.
+time are foretold by ``plan``.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.table import Table
 from torch import nn
 
 from fd_scale.data.index import ShardSet
 from fd_scale.data.sets import open_shards, plan_of
 from fd_scale.engine.optim import parameter_groups
+from fd_scale.plan.networks import without_storage
 from fd_scale.run import scale
 from fd_scale.run.recipe import Recipe
 from fd_scale.run.scale import Resolved
 from fd_scale.run.world import place
-from fd_scale.student import Student, build_student
-from fd_scale.teachers import Teacher, load
+from fd_scale.student import Student
+from fd_scale.teachers import Teacher
 
 
 def outline(recipe: Recipe) -> Table:
@@ -36,32 +34,13 @@ def outline(recipe: Recipe) -> Table:
     resolved = scale.resolve(scale.load(recipe.scale), recipe, size)
     named = recipe.data.shards is not None or recipe.data.sources
     shards = open_shards(recipe) if named else None
-    teacher, student = _networks(recipe)
+    teacher, student = without_storage(recipe)
     table = Table(title=f"{recipe.run_name} (dry run)", show_header=False, title_justify="left", box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in _rows(recipe, resolved, size, shards, teacher, student):
         table.add_row(name, text)
     return table
-
-
-def _networks(recipe: Recipe) -> tuple[Teacher, Student]:
-    with torch.device("meta"), _quiet("fd_scale"):
-        spec = recipe.teacher.model_copy(update={"weights": "random"})
-        teacher = load(spec, device="meta", dtype=torch.float32, seed=recipe.seed)
-        return teacher, build_student(recipe, [teacher])
-
-
-@contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Without the announcement of random weights: nothing is loaded here."""
-    found = logging.getLogger(logger)
-    level = found.level
-    found.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        found.setLevel(level)
 
 
 def _rows(

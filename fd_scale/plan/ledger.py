@@ -1,0 +1,184 @@
+"""Which tensors live when, and what does each operation cost? Kept while a program runs without storage.
+
+The ledger sees every operation below autograd, of the forward pass, of the backward pass and of whatever is
+recomputed in it, on tensors of the meta device or of a ``FakeTensorMode``. It follows each storage from the
+operation that makes it until autograd and Python let go of it, so that views count once and nothing is
+estimated. What an operation takes for itself while it runs is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one operation asks of a device."""
+
+    phase: str
+    flops: int
+    """Floating-point operations, a multiply-add being two."""
+    moved_bytes: int
+    """Its inputs read and its outputs written, once each."""
+
+
+@dataclass
+class _Storage:
+    """A storage that lives."""
+
+    size_bytes: int
+    label: str
+    alive: weakref.ref[Any]
+
+
+class Ledger(TorchDispatchMode):
+    """Entered around a program. ``phase`` and ``label`` are set by whoever runs it.
+
+    ``live_bytes`` is held now by storages that were made inside and not let go of; ``peak_bytes`` the most so
+    far, and ``at_peak`` its composition by (phase at the peak, label of the storage).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase, self.label = "", ""
+        self.live_bytes = self.peak_bytes = 0
+        self.at_peak: tuple[str, dict[str, int]] = ("", {})
+        self.work: Counter[Work] = Counter()
+        self._live: dict[int, _Storage] = {}
+        self._known: dict[int, weakref.ref[Any]] = {}
+        self._by_label: Counter[str] = Counter()
+        self._kinds: dict[OpOverload, bool] = {}
+
+    def know(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors from outside, such as parameters, which are not to be counted."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = weakref.ref(storage)
+
+    def holding(self) -> dict[str, int]:
+        """Bytes that live now, by label."""
+        return {label: size for label, size in self._by_label.items() if size}
+
+    def relabel(self, tensor: Tensor, label: str) -> None:
+        """Count a tensor's storage under another label from now on."""
+        found = self._live.get(tensor.untyped_storage()._cdata)
+        if found is not None:
+            self._by_label[found.label] -= found.size_bytes
+            found.label = label
+            self._by_label[label] += found.size_bytes
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Within, storages and work belong to ``phase``, and storages outside of labelled modules too."""
+        before = (self.phase, self.label)
+        self.phase = self.label = phase
+        try:
+            yield
+        finally:
+            self.phase, self.label = before
+
+    @contextmanager
+    def making(self, label: str) -> Iterator[None]:
+        """Within, storages have ``label``, in whatever phase."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def labelled(self, module: nn.Module, label: str) -> list[torch.utils.hooks.RemovableHandle]:
+        """From now on what ``module`` makes in its forward pass has ``label``, recomputed or not."""
+        outer: list[str] = []
+
+        def enter(*_: Any) -> None:
+            outer.append(self.label)
+            self.label = label
+
+        def leave(*_: Any) -> None:
+            self.label = outer.pop()
+
+        return [
+            module.register_forward_pre_hook(enter, prepend=True),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        made = list(_tensors(out))
+        for tensor in made:
+            self._note(tensor)
+        if self._computes(func):
+            count = flop_registry.get(func._overloadpacket)
+            flops = 0 if count is None else int(count(*args, **kwargs, out_val=out))
+            read = {id(t): t for t in (*_tensors(args), *_tensors(kwargs.values()))}
+            moved = sum(map(_bytes, read.values())) + sum(map(_bytes, made))
+            self.work[Work(self.phase, flops, moved)] += 1
+        return out
+
+    def _computes(self, func: OpOverload) -> bool:
+        """Whether the operation runs a kernel; views and bare allocations do not."""
+        known = self._kinds.get(func)
+        if known is None:
+            returns = func._schema.returns
+            is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+            allocates = func.name().partition("::")[2].split(".")[0] in _ALLOCATIONS
+            known = self._kinds[func] = not (is_view or allocates)
+        return known
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        outside = self._known.get(key)
+        if outside is not None and outside() is not None:
+            return
+        size, label = storage.nbytes(), self.label
+        entry = _Storage(size, label, weakref.ref(storage, lambda _: self._gone(key)))
+        self._live[key] = entry
+        self._by_label[label] += size
+        self.live_bytes += size
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
+            self.at_peak = (self.phase, self.holding())
+
+    def _gone(self, key: int) -> None:
+        entry = self._live.pop(key)
+        self._by_label[entry.label] -= entry.size_bytes
+        self.live_bytes -= entry.size_bytes
+
+
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias"}
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Iterable) and not isinstance(values, str):
+        for value in values:
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, list | tuple):
+                yield from _tensors(value)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What a kernel touches of a tensor: an expanded one is read from cache after the first time."""
+    numel = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        numel *= size if stride else 1
+    return numel * tensor.element_size()

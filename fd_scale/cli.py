@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fd_scale import checkpoints_cli, diagnose_cli, evaluate_cli, shards_cli
+from fd_scale import checkpoints_cli, diagnose_cli, evaluate_cli, plan_cli, shards_cli
 from fd_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,6 +77,47 @@ def distill(
     from fd_scale.evaluate.progress import of_recipe
 
     run(wanted, watch=of_recipe)
+
+
+@app.command()
+def plan(
+    recipe: RecipeOption,
+    set_: SetOption = None,
+    sbatch: plan_cli.SbatchOption = None,
+    gpus: plan_cli.GpusOption = None,
+    gpus_per_node: plan_cli.PerNodeOption = 8,
+    gpu: plan_cli.GpuOption = "h200",
+    node_link: plan_cli.NodeLinkOption = None,
+    compare: plan_cli.CompareOption = False,
+    as_json: plan_cli.JsonOption = False,
+    picture: plan_cli.PictureOption = None,
+    price_gpu_hour: plan_cli.GpuHourOption = None,
+    price_kwh: plan_cli.KwhOption = None,
+    disk: plan_cli.DiskOption = 2.0,
+    decode_rate: plan_cli.DecodeOption = 150.0,
+    ema: plan_cli.EmaOption = False,
+) -> None:
+    """Will it fit, how long will it take, what will it cost? For a recipe on a cluster; needs no GPU.
+
+    One GPU unless --sbatch or --gpus says otherwise. Memory is counted; times are estimates, and the
+    assumptions stand below them.
+    """
+    plan_cli.plan(
+        _recipe(recipe, set_),
+        sbatch=sbatch,
+        gpus=gpus,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+        node_link=node_link,
+        compare=compare,
+        as_json=as_json,
+        picture=picture,
+        price_gpu_hour=price_gpu_hour,
+        price_kwh=price_kwh,
+        disk=disk,
+        decode_rate=decode_rate,
+        ema=ema,
+    )
 
 
 @app.command()

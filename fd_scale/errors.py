@@ -31,6 +31,10 @@ class TeacherError(UserError):
     """A teacher that cannot be built, or weights that do not fit it."""
 
 
+class PlanError(UserError):
+    """A cluster that cannot be planned for: an unknown GPU, a batch script without what is asked of it."""
+
+
 class RunError(UserError):
     """A run directory or a checkpoint that cannot be used."""
 

@@ -60,6 +60,7 @@ LAYERS = {
     "fd_scale.diagnose_cli": 9,
     "fd_scale.evaluate_cli": 9,
     "fd_scale.checkpoints_cli": 9,
+    "fd_scale.plan_cli": 9,
     "fd_scale.__main__": 9,
 }
 
@@ -74,6 +75,7 @@ OWNERS = {
         "fd_scale.diagnose_cli",
         "fd_scale.evaluate_cli",
         "fd_scale.checkpoints_cli",
+        "fd_scale.plan_cli",
     },
     "triton": {"fd_scale.objective.kernels"},
     "webdataset": {"fd_scale.data"},

@@ -1,0 +1,142 @@
+"""Planned against measured memory: real runs of the engine on the CPU, whose allocator the profiler reads.
+
+The allocator's own record also has what operations and DeepSpeed allocate inside; the plan is counted without
+storage. The two share no code below the recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.plan_vs_measured import SLACK, Case, measured, planned
+from fd_scale.plan.memory import GIB, Layout, Sizes, memory
+from fd_scale.plan.trace import Trace
+from fd_scale.run import recipes, scale
+from fd_scale.run.world import World
+from tests.spawn import spawn
+
+VIT: dict[str, Any] = {
+    "student.architecture": "vit_tiny_patch16",
+    "student.input_size": 96,
+    "student.drop_path": 0.0,
+    "student.arguments": {"depth": 4},
+    "teacher.architecture": "vit_tiny_patch16_224",
+    "teacher.input_size": 96,
+    "teacher.arguments": {"depth": 2},
+}
+SWIN: dict[str, Any] = {
+    "student.architecture": "swinv2_tiny",
+    "student.input_size": 64,
+    "student.drop_path": 0.0,
+    "teacher": {"library": "models", "architecture": "swinv2_tiny", "weights": "random", "input_size": 64},
+}
+
+
+def case(name: str, stage: int, recompute: bool, micro_batch: int) -> Case:
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 1_000_000}
+    if stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": 100_000, "stage3_param_persistence_threshold": 1000}
+    return Case(
+        f"{name}-zero{stage}{'-recompute' * recompute}",
+        "fd_clip_vitb16" if name == "vit" else "fd_swinv2g",
+        VIT if name == "vit" else SWIN,
+        micro_batch,
+        zero,
+        bf16=False,
+        recompute=recompute,
+    )
+
+
+CASES = [
+    case(name, stage, recompute, 16 if name == "vit" else 8)
+    for name in ("vit", "swin")
+    for stage in (0, 3)
+    for recompute in (False, True)
+]
+
+
+def peaks(world: World, cases: list[Case], folder: str) -> dict[str, int]:
+    return {one.name: measured(world, one, folder, 3)["peak_bytes"] for one in cases}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_run_takes_what_was_planned(name: str, tmp_path: Path) -> None:
+    """Within 5 %. Worst seen: 2.2 % (SwinV2, ZeRO-3), where the optimizer's step is the fullest moment."""
+    cases = [one for one in CASES if one.name.startswith(name)]
+    found = spawn(peaks, 1, cases, str(tmp_path))[0]
+    ratios = {
+        one.name: found[one.name] / planned(one, tmp_path, world=1, device="cpu").peak_bytes for one in cases
+    }
+    assert all(abs(ratio - 1) < SLACK for ratio in ratios.values()), ratios
+
+
+def trace(**changes: Any) -> Trace:
+    return replace(Trace(4, {}, 800, "backward", {"loss": 800}, 0, {}), **changes)
+
+
+def layout(name: str, world: int, **changes: Any) -> Layout:
+    recipe = recipes.get("fd_swinv2g")
+    return replace(Layout.of(scale.resolve(scale.load(name), recipe, world), world), **changes)
+
+
+SIZES = Sizes(student=3_000_000, teacher=5_000_000, largest=1_000_000, small={1_000_000: 3_000_000})
+
+
+def test_static_parts_are_those_of_zero() -> None:
+    """Bytes per parameter that were read off DeepSpeed's own buffers, at two processes (stages 0 to 3)."""
+    expected = {
+        # stage, bf16: weights, master, moments, accumulated gradients that stay
+        (0, False): (4, 0, 8, 0),
+        (0, True): (2, 4, 8, 0),
+        (1, False): (4, 2, 4, 0),
+        (1, True): (2, 2, 4, 4),
+        (2, False): (4, 2, 4, 0),
+        (2, True): (2, 2, 4, 0),
+        (3, False): (2, 2, 4, 2),
+        (3, True): (1, 2, 4, 2),
+    }
+    for (stage, bf16), per_parameter in expected.items():
+        asked = Layout(
+            world=2,
+            zero_stage=stage,
+            bf16=bf16,
+            micro_batch=4,
+            accumulation=1,
+            recompute=False,
+            zero={"stage": stage, "reduce_bucket_size": 10},
+            accumulates_fp32=True,
+            communicates_fp32=True,
+            immediate=True,
+        )
+        parts = memory(asked, SIZES, trace(), "cuda").moments[0].parts
+        found = tuple(
+            parts[name] / SIZES.student for name in ("weights", "master weights", "Adam moments", "gradients")
+        )
+        assert found == per_parameter, (stage, bf16)
+
+
+def test_more_processes_take_less_and_an_average_takes_its_share() -> None:
+    few, many = (memory(layout("swinv2g_1node", n), SIZES, trace(), "cuda").peak_bytes for n in (2, 8))
+    assert few > many
+    plain = memory(layout("swinv2g_1node", 8), SIZES, trace(), "cuda")
+    averaged = memory(layout("swinv2g_1node", 8, ema=True), SIZES, trace(), "cuda")
+    assert averaged.peak_bytes - plain.peak_bytes == 4 * SIZES.student // 8
+
+
+def test_a_sharded_teacher_and_an_offloaded_optimizer() -> None:
+    asked = layout("swinv2g_1node", 8)
+    whole = memory(asked, SIZES, trace(), "cuda")
+    shared = memory(replace(asked, teacher="shard"), SIZES, trace(), "cuda")
+    assert whole.moments[0].parts["teacher"] == 2 * SIZES.teacher
+    assert shared.moments[0].parts["teacher"] == 2 * SIZES.teacher // 8
+    away = replace(asked, zero={**asked.zero, "offload_optimizer": {"device": "cpu"}})
+    offloaded = memory(away, SIZES, trace(), "cuda")
+    assert whole.host_bytes == 0
+    assert offloaded.host_bytes == 16 * SIZES.student // 8
+    assert "Adam moments" not in offloaded.moments[0].parts
+    assert offloaded.needed_bytes > 1.5 * GIB

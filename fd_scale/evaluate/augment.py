@@ -9,9 +9,10 @@ Shape letters: B images, C classes, S the side of the input.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,14 +50,21 @@ class RandAug:
 
     def _transform(self, size: int) -> Any:
         grey = tuple(min(255, round(255 * value)) for value in self.mean)
-        return rand_augment_transform(
-            self.policy,
-            {
-                "translate_const": int(size * TRANSLATE),
-                "img_mean": grey,
-                "interpolation": Image.Resampling.BICUBIC,
-            },
-        )
+        how = {
+            "translate_const": int(size * TRANSLATE),
+            "img_mean": grey,
+            "interpolation": Image.Resampling.BICUBIC,
+        }
+        transform = rand_augment_transform(self.policy, how)
+        for change in transform.ops:
+            if change.name.startswith("Posterize"):
+                change.level_fn = partial(_at_least_one_bit, change.level_fn)
+        return transform
+
+
+def _at_least_one_bit(level_fn: Callable[..., tuple[int]], level: float, how: Any) -> tuple[int]:
+    """timm's strongest posterisation keeps no bit, which Pillow once made black and now refuses."""
+    return (max(1, level_fn(level, how)[0]),)
 
 
 def randaug(spec: Augment, mean: Sequence[float]) -> RandAug | None:

@@ -41,6 +41,14 @@ def test_randaug_depends_on_the_key_alone_and_leaves_generators_alone():
     assert sum(not torch.equal(other, first) for other in others) >= 6
 
 
+def test_the_strongest_changes_leave_an_image():
+    """At magnitude 10 timm's posterisation would keep no bit of 8, which Pillow refuses."""
+    change = randaug(Augment(randaug="rand-m10-n8-inc1"), (0.5, 0.5, 0.5))
+    assert change is not None
+    for number in range(40):
+        assert change({24: view()}, key(number))[24].shape == (3, 24, 24)
+
+
 def test_no_policy_is_no_change_and_a_wrong_one_is_refused():
     assert randaug(PLAIN, (0.5, 0.5, 0.5)) is None
     with pytest.raises(RecipeError, match=r"augment.randaug='random' is no policy"):

@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from fd_scale.data.index import ShardSet
 from fd_scale.data.scenes import write_scenes
+from fd_scale.data.sets import open_shards
 from fd_scale.distill import Distillation
 from fd_scale.errors import RecipeError
 from fd_scale.evaluate.backbone import of_student, of_teacher
@@ -20,7 +21,7 @@ from fd_scale.objective.targets import whiten
 from fd_scale.run import recipes, scale
 from fd_scale.run.recipe import derive
 from fd_scale.run.world import World
-from fd_scale.training import Run, open_shards
+from fd_scale.training import Run
 from tests.spawn import spawn
 
 

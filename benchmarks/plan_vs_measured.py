@@ -124,6 +124,7 @@ def planned(case: Case, folder: Path, *, world: int, device: Any) -> Memory:
         keeps_gradients=layout.keeps_gradients,
         accumulates=layout.gradients_are_there,
         sharding=sharding(layout, sizes, device),
+        granularity=resolved.granularity,
     )
     return memory(layout, sizes, trace, device)
 

@@ -116,6 +116,8 @@ def choices(
     world = cluster.num_gpus
     allowed = micro_batches(wanted, recipe, world)
     for stage in stages:
+        if stage == 3 and wanted.compile:
+            continue  # a scale may not ask for both
         config = with_stage(wanted, stage)
         for recompute in shapes.growth:
             for size in allowed:
@@ -138,7 +140,9 @@ def best(found: list[Choice]) -> Choice | None:
 def ds_config(wanted: Scale, choice: Choice) -> dict[str, Any]:
     """The scale file of a choice: the asked one with other stage, micro-batch and recomputation."""
     config = _with(with_stage(wanted, choice.layout.zero_stage), {MICRO_BATCH: choice.layout.micro_batch})
-    return {**config.deepspeed, "fd_scale": {"activation_checkpointing": choice.layout.recompute}}
+    recomputed = dict(wanted.granularity) if choice.layout.recompute and wanted.granularity else None
+    own = {"activation_checkpointing": recomputed or choice.layout.recompute, "teacher": wanted.teacher}
+    return {**config.deepspeed, "fd_scale": own | ({"compile": True} if wanted.compile else {})}
 
 
 def with_stage(wanted: Scale, stage: int) -> Scale:
@@ -150,7 +154,9 @@ def with_stage(wanted: Scale, stage: int) -> Scale:
         key: value
         for key, value in zero.items()
         if stage == 3
-        or not (key.startswith("stage3_") or key in ("zero_hpz_partition_size", "sub_group_size"))
+        or not (
+            key.startswith("stage3_") or key in ("zero_hpz_partition_size", "sub_group_size", "offload_param")
+        )
     }
     return _with(wanted, {"zero_optimization": kept | {"stage": stage}})
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from fd_scale.data.index import ShardSet
+from fd_scale.data.sets import open_shards
 from fd_scale.plan import advice
 from fd_scale.plan.advice import Choice, Shapes
 from fd_scale.plan.cluster import Cluster
@@ -69,13 +68,19 @@ def survey(recipe: Recipe) -> Survey:
     bf16 = bool(wanted.deepspeed.get("bf16", {}).get("enabled", False))
     networks = Networks.build(recipe, bf16=bf16, device="cuda")
     growth = {
-        recompute: Growth.of(networks, micro_batch, recompute=recompute, keeps_gradients=False)
+        recompute: Growth.of(
+            networks,
+            micro_batch,
+            recompute=recompute,
+            keeps_gradients=False,
+            granularity=wanted.granularity if recompute else None,
+        )
         for recompute in (False, True)
     }
     trace = growth[wanted.activation_checkpointing].large
     flops = {phase: trace.flops(phase) / trace.micro_batch for phase in (TEACHER, FORWARD, LOSS, BACKWARD)}
-    shards = recipe.data.shards
-    num_shards = None if shards is None else len(ShardSet.open(Path(shards)).counts)
+    named = recipe.data.shards is not None or recipe.data.sources
+    num_shards = len(open_shards(recipe, check=False).counts) if named else None
     return Survey(recipe, wanted, Shapes(Sizes.of(networks), growth), flops, num_shards)
 
 

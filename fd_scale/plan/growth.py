@@ -7,7 +7,9 @@ two micro-batches; all others follow. At a traced micro-batch the trace itself i
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fd_scale.plan.ledger import Work
 from fd_scale.plan.trace import Networks, Trace
@@ -21,11 +23,22 @@ class Growth:
     large: Trace
 
     @classmethod
-    def of(cls, networks: Networks, micro_batch: int, *, recompute: bool, keeps_gradients: bool) -> Growth:
+    def of(
+        cls,
+        networks: Networks,
+        micro_batch: int,
+        *,
+        recompute: bool,
+        keeps_gradients: bool,
+        granularity: Mapping[str, Any] | None = None,
+    ) -> Growth:
         """Traced at ``micro_batch`` and at a quarter of it (at 1 and 2 when it is 1)."""
         low, high = (max(1, micro_batch // 4), micro_batch) if micro_batch > 1 else (1, 2)
         small, large = (
-            networks.trace(size, recompute=recompute, keeps_gradients=keeps_gradients) for size in (low, high)
+            networks.trace(
+                size, recompute=recompute, keeps_gradients=keeps_gradients, granularity=granularity
+            )
+            for size in (low, high)
         )
         return cls(small, large)
 

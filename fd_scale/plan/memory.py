@@ -43,6 +43,8 @@ LIBRARY_WORKSPACE_BYTES = 64 * 2**20
 
 WEIGHTS, MASTER, MOMENTS, EMA, TEACHER = "weights", "master weights", "Adam moments", "EMA", "teacher"
 ACCUMULATED, BUCKETS = GRADIENTS, "reduction buckets"
+TEACHER_PREFETCH = 50_000_000
+"""Elements that the engine of a sharded teacher fetches ahead (``engine.zero.shard_frozen``)."""
 STEP_COPIES = "optimizer's copies"
 
 
@@ -68,7 +70,7 @@ class Layout:
     """A float32 moving average of the weights, sharded like the master weights."""
 
     @classmethod
-    def of(cls, resolved: Resolved, world: int, *, teacher: Any = "replicate", ema: bool = False) -> Layout:
+    def of(cls, resolved: Resolved, world: int, *, ema: bool = False) -> Layout:
         """The layout that a resolved scale gives."""
         config = resolved.ds_config
         types, bf16 = config.get("data_types", {}), resolved.bf16
@@ -83,7 +85,7 @@ class Layout:
             accumulates_fp32=not bf16 or types.get("grad_accum_dtype") == "fp32",
             communicates_fp32=not bf16 or config.get("communication_data_type") == "fp32",
             immediate=bool(config.get("bf16", {}).get("immediate_grad_update", False)),
-            teacher=teacher,
+            teacher=resolved.teacher,
             ema=ema,
         )
 
@@ -96,6 +98,11 @@ class Layout:
     def offloads_optimizer(self) -> bool:
         """Whether master weights and moments are in the host's memory."""
         return self.zero.get("offload_optimizer", {}).get("device", "none") != "none"
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether ZeRO-3's share of the weights is in the host's memory."""
+        return self.zero.get("offload_param", {}).get("device", "none") != "none"
 
     @property
     def keeps_gradients(self) -> bool:
@@ -176,6 +183,7 @@ def memory(layout: Layout, sizes: Sizes, trace: Trace, device: Device) -> Memory
     """The memory of one process; ``trace`` is of the layout's micro-batch, recomputation and gradients."""
     held = _held(layout, sizes)
     on_host = {MASTER, MOMENTS, ACCUMULATED} if layout.offloads_optimizer else set()
+    on_host |= {WEIGHTS} if layout.offloads_parameters else set()
     on_device = Counter({name: size for name, size in held.items() if name not in on_host})
     if device == "cuda":
         on_device["library workspace"] = LIBRARY_WORKSPACE_BYTES
@@ -336,5 +344,4 @@ def _teacher_window(layout: Layout, sizes: Sizes) -> int:
     """Of a sharded teacher, the weights that are gathered while it runs."""
     if layout.teacher == "replicate" or layout.world == 1:
         return 0
-    prefetch = int(layout.zero.get("stage3_prefetch_bucket_size", 5e7))
-    return layout.weight_bytes * min(sizes.teacher, sizes.largest + prefetch)
+    return layout.weight_bytes * min(sizes.teacher, sizes.largest + TEACHER_PREFETCH)

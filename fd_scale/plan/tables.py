@@ -109,6 +109,8 @@ def _summary(plan: Plan) -> Iterator[tuple[str, str]]:
     flops = counted.useful_flops_per_image
     done = sum(counted.flops_per_image.values())
     yield "arithmetic", f"{flops / 1e9:,.1f} GFLOP per image; {done / 1e9:,.1f} with what is recomputed"
+    if counted.scale.compile:
+        yield "compiled blocks", "are planned as if they were not: they take less memory and time"
     if not plan.cluster.gpu.has_bf16 and layout.bf16:
         yield "bf16", f"{plan.cluster.gpu.name} has no bf16: it is computed as float32"
 

@@ -10,7 +10,7 @@ Shape letters: B images, N tokens, D channels, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -109,11 +109,16 @@ class Networks:
         keeps_gradients: bool,
         accumulates: bool = False,
         sharding: Sharding | None = None,
+        granularity: Mapping[str, Any] | None = None,
     ) -> Trace:
-        """One micro-step. ``recompute``: activation checkpointing. ``keeps_gradients``: the engine leaves
-        them in ``.grad`` until the step; else each is taken away as it comes. ``accumulates``: a micro-batch
-        went before, whose gradients are there. ``sharding``: with the traffic of ZeRO-3."""
-        self.student.set_grad_checkpointing(recompute)
+        """One micro-step.
+
+        ``recompute``: activation checkpointing; ``granularity``: of which blocks, the arguments of a model's
+        ``set_grad_checkpointing``, all when None. ``keeps_gradients``: the engine leaves them in ``.grad``
+        until the step; else each is taken away as it comes. ``accumulates``: a micro-batch went before, whose
+        gradients are there. ``sharding``: with the traffic of ZeRO-3.
+        """
+        self.student.set_grad_checkpointing(recompute, **(granularity or {}))
         ledger = Ledger()
         ledger.know([*self.student.parameters(), *self.student.buffers()])
         network = network_of(self.teacher)

@@ -60,7 +60,7 @@ CASES = [
 
 
 def peaks(world: World, cases: list[Case], folder: str) -> dict[str, int]:
-    return {one.name: measured(world, one, folder, 3)["peak_bytes"] for one in cases}
+    return {one.name: measured(world, one, folder, 2)["peak_bytes"] for one in cases}
 
 
 @pytest.mark.slow

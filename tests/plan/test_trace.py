@@ -81,10 +81,10 @@ def test_a_trace_is_the_line_through_two_others(recompute: bool) -> None:
 
 
 PUBLISHED = [
-    # GFLOP of a forward pass per image (torch's counter), and of a step without and with recomputation:
-    # teacher, student, and both backward products of each forward one.
-    ("fd_clip_vitb16", {}, 35.1, 141.0, 164.7),
-    ("fd_clip_vitl14", {}, 162.0, 651.0, 761.0),
+    # GFLOP per image (torch's counter) of a forward pass, and of a step: teacher, student, and both backward
+    # products of each forward one.
+    ("fd_clip_vitb16", {}, 35.1, 141.0),
+    ("fd_clip_vitl14", {}, 162.0, 651.0),
     (
         "fd_swinv2g",
         {
@@ -94,14 +94,13 @@ PUBLISHED = [
         },
         43.9,
         175.7,
-        None,
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "forward", "step", "recomputed"), PUBLISHED)
+@pytest.mark.parametrize(("name", "changes", "forward", "step"), PUBLISHED)
 def test_floating_point_operations_are_those_of_the_architectures(
-    name: str, changes: dict[str, Any], forward: float, step: float, recomputed: float | None
+    name: str, changes: dict[str, Any], forward: float, step: float
 ) -> None:
     networks = Networks.build(derive(recipes.get(name), **changes), bf16=True, device="cuda")
     trace = networks.trace(2, recompute=False, keeps_gradients=False)
@@ -109,11 +108,10 @@ def test_floating_point_operations_are_those_of_the_architectures(
     assert per_image[TEACHER] == pytest.approx(forward, rel=0.005)
     # The projector, 0.5 % of the whole, and the fused attention's own recomputation come on top.
     assert sum(per_image.values()) == pytest.approx(step, rel=0.015)
-    if recomputed is not None:
-        again = networks.trace(2, recompute=True, keeps_gradients=False)
-        # Recomputation ends at the last tensor that is needed, which spares a block's last product.
-        assert step < again.flops() / 2e9 < 1.3 * step
-        assert again.flops() / 2e9 == pytest.approx(recomputed, rel=0.07)
+    # LayerScale and post-norm need a block's last product for their gradients, so that all of it is computed
+    # again, while a plain pre-norm block would be spared that product. Patches and projector are not.
+    again = networks.trace(2, recompute=True, keeps_gradients=False)
+    assert again.flops() / 2e9 == pytest.approx(step + forward, rel=0.015)
 
 
 def test_swinv2_g_has_its_three_billion_parameters() -> None:
@@ -152,7 +150,8 @@ def test_gradients_stay_or_go() -> None:
     parameters = 4 * Sizes.of(networks).student
     kept = networks.trace(2, recompute=False, keeps_gradients=True)
     gone = networks.trace(2, recompute=False, keeps_gradients=False)
-    assert kept.held_after_bytes - gone.held_after_bytes == parameters
+    # The biases of q, k and v are sliced from one gradient, whose part for k belongs to no parameter.
+    assert kept.held_after_bytes - gone.held_after_bytes == pytest.approx(parameters, rel=0.01)
     there = networks.trace(2, recompute=False, keeps_gradients=True, accumulates=True)
     assert there.peak_bytes > kept.peak_bytes
-    assert there.at_peak["gradients"] == parameters
+    assert there.at_peak["gradients"] == pytest.approx(parameters, rel=0.01)

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups off
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of a file stay together, as they share what it prepares, and so do all on the Slurm cluster."""
     if not config.pluginmanager.hasplugin("xdist"):

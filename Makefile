@@ -30,7 +30,7 @@ demo: $(READY)
 test: $(READY)
 	@tests/cluster/install.sh || true
 	@tests/diagnose/install.sh || true
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slurm: $(READY)
 	tests/cluster/install.sh

@@ -66,8 +66,8 @@ def test_headers_that_cannot_be_planned_for(tmp_path: Path, options: list[str], 
 
 
 def test_a_script_that_is_not_there_names_one_that_is() -> None:
-    with pytest.raises(PlanError, match=r"does not exist; did you mean fd_swinv2g\.sbatch"):
-        from_sbatch(SLURM / "fd_swinv2.sbatch", H200)
+    with pytest.raises(PlanError, match=r"does not exist; did you mean fd_clip_vitb16\.sbatch"):
+        from_sbatch(SLURM / "fd_clip_vitb1.sbatch", H200)
 
 
 def test_numbers_of_gpus() -> None:

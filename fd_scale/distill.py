@@ -28,7 +28,7 @@ from fd_scale.run.recipe import Recipe
 from fd_scale.run.scale import Resolved
 from fd_scale.run.world import World
 from fd_scale.student import Student, build_student
-from fd_scale.teachers import FrozenTeacher, Guest, Teacher, difference, load
+from fd_scale.teachers import Guest, Teacher, difference, load
 from fd_scale.teachers.sharded import placed
 
 log = logging.getLogger("fd_scale")
@@ -114,7 +114,7 @@ class Distillation:
         log.info("student: %s", written.weights)
 
 
-def load_teachers(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[FrozenTeacher]:
+def load_teachers(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[Teacher]:
     """The recipe's frozen teachers on their device."""
     return [load(recipe.teacher, device=device, dtype=dtype, seed=recipe.seed)]
 

@@ -223,12 +223,8 @@ def _open_run(path: Path, step: int | None, device: torch.device, *, with_teache
 
 
 def _of_teacher(teacher: Teacher, device: torch.device) -> Subject:
-    network = getattr(teacher, "network", None)
-    if not isinstance(network, nn.Module):
-        raise DiagnoseError(f"teacher {teacher.name} is spread over processes; one that is whole is needed")
-    weights = teacher.fingerprint["weights"]
-    origin = f"{teacher.name}, weights {weights}"
-    return Subject("teacher", origin, of_teacher(teacher, device), network)
+    origin = f"{teacher.name}, weights {teacher.fingerprint['weights']}"
+    return Subject("teacher", origin, of_teacher(teacher, device), teacher.network)
 
 
 def _named(text: str, device: torch.device) -> Subject:

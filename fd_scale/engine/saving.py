@@ -32,7 +32,7 @@ from fd_scale.engine import fragments as where
 from fd_scale.engine.checkpoint import AVERAGE, FORMAT, MANIFEST, Checkpoint, committed, sha256, shapes
 from fd_scale.engine.zero import Engine
 from fd_scale.errors import RunError
-from fd_scale.run.folder import sync_directory, write_atomically
+from fd_scale.run.folder import sync, write_atomically
 from fd_scale.run.world import World
 
 STAGE = "FD_SCALE_STAGE_SAVES"
@@ -241,7 +241,7 @@ def _write_rank(partial: Path, shot: Snapshot, rank: int, stage: Path | None) ->
     path = partial / f"rank-{rank:05d}.safetensors"
     if stage is None:
         _write_file(path, shot)
-        _sync(path)
+        sync(path)
         return _described(path)
     # The same name at every save of the run, so that a killed rank leaves one file behind, and the next
     # save on this node takes its place.
@@ -254,7 +254,7 @@ def _write_rank(partial: Path, shot: Snapshot, rank: int, stage: Path | None) ->
         shutil.copyfile(local, path)
     finally:
         local.unlink(missing_ok=True)
-    _sync(path)
+    sync(path)
     return entry | {"name": path.name}
 
 
@@ -280,12 +280,4 @@ def _commit(partial: Path, final: Path, manifest: dict[str, Any], before_commit:
     if final.exists():
         shutil.rmtree(final)
     os.rename(partial, final)
-    sync_directory(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)

@@ -25,7 +25,6 @@ from fd_scale.plan.trace import (
     Networks,
     Sharding,
     Trace,
-    network_of,
 )
 from fd_scale.run.scale import Resolved
 
@@ -136,7 +135,7 @@ class Sizes:
         small: Counter[int] = Counter()
         for size in sizes:
             small[size] += size
-        teacher = sum(p.numel() for p in network_of(networks.teacher).parameters())
+        teacher = sum(p.numel() for p in networks.teacher.network.parameters())
         return cls(sum(sizes), teacher, max(sizes), dict(small))
 
     def below(self, threshold: int) -> int:

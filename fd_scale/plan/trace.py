@@ -97,7 +97,7 @@ class Networks:
         if device == "cpu":
             fake = FakeTensorMode(allow_non_fake_inputs=True)
             with fake:
-                for module in (network_of(teacher), student):
+                for module in (teacher.network, student):
                     module.to_empty(device="cpu")
         return cls(recipe, teacher, student, device, fake)
 
@@ -121,7 +121,7 @@ class Networks:
         self.student.set_grad_checkpointing(recompute, **(granularity or {}))
         ledger = Ledger()
         ledger.know([*self.student.parameters(), *self.student.buffers()])
-        network = network_of(self.teacher)
+        network = self.teacher.network
         ledger.know([*network.parameters(), *network.buffers()])
         with ExitStack() as stack:
             if self.fake is not None:
@@ -169,14 +169,6 @@ class Networks:
         return kernels.whitened_smooth_l1(
             predicted[0], taught, beta=objective.beta, target=objective.target, token_weight=weight_BN
         ).value
-
-
-def network_of(teacher: Teacher) -> nn.Module:
-    """The module of a teacher that is one."""
-    network = getattr(teacher, "network", None)
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"teacher {teacher.name} is no single module")
-    return network
 
 
 def run_backward(loss: Tensor) -> None:

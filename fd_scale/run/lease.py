@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_scale.errors import RunError
-from fd_scale.run.folder import sync_directory, write_atomically
+from fd_scale.run.folder import sync, write_atomically
 
 RENEW_S = 15.0
 DEAD_AFTER_S = 90.0
@@ -104,7 +104,7 @@ class Lease:
         for path in self._numbered():
             if int(path.name) < number:
                 path.unlink(missing_ok=True)
-        sync_directory(self._folder)
+        sync(self._folder)
 
     def _outlive(self, held: Path, say: Callable[[str], None]) -> None:
         """Return when the holder is dead; raise when it lives."""

@@ -9,7 +9,7 @@ describe, MAE's for the probe. Where they disagree, a preset follows the papers,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rich.table import Table
@@ -84,8 +84,7 @@ FT_CLIP_BASE = Preset(
 
 
 def _like(preset: Preset, notes: str, changes: Mapping[str, Any] | None = None, **values: Any) -> Preset:
-    old = {name: getattr(preset, name) for name in preset.__dataclass_fields__}
-    return Preset(**old | values | {"notes": notes, "changes": {**preset.changes, **(changes or {})}})
+    return replace(preset, notes=notes, changes={**preset.changes, **(changes or {})}, **values)
 
 
 BEIT_22K = Preset(

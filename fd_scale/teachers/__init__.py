@@ -13,10 +13,10 @@ import torch
 
 from fd_scale.run import recipe as recipes
 from fd_scale.teachers.fingerprint import difference
-from fd_scale.teachers.frozen import FrozenTeacher, Teacher
+from fd_scale.teachers.frozen import Teacher
 from fd_scale.teachers.guests import Guest
 
-__all__ = ["FrozenTeacher", "Guest", "Teacher", "difference", "load"]
+__all__ = ["Guest", "Teacher", "difference", "load"]
 
 LIBRARIES: Mapping[str, str] = {
     "timm": "fd_scale.teachers.timm",
@@ -25,14 +25,12 @@ LIBRARIES: Mapping[str, str] = {
 }
 
 
-def load(
-    spec: recipes.Teacher, *, device: torch.device | str, dtype: torch.dtype, seed: int
-) -> FrozenTeacher:
+def load(spec: recipes.Teacher, *, device: torch.device | str, dtype: torch.dtype, seed: int) -> Teacher:
     """The teacher of a recipe on its device, frozen, in ``dtype``.
 
     ``seed`` decides random weights alone. Raises ``TeacherError`` for an unknown architecture or tag, for
     weights that cannot be had or do not fit, and for arguments that the architecture does not take.
     """
     module = import_module(LIBRARIES[spec.library])
-    teacher: FrozenTeacher = module.load(spec, device=torch.device(device), dtype=dtype, seed=seed)
+    teacher: Teacher = module.load(spec, device=torch.device(device), dtype=dtype, seed=seed)
     return teacher

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,60 +24,30 @@ Read = Callable[[nn.Module, Tensor], Features]
 projection."""
 
 
-class Teacher(Protocol):
-    """A frozen network that gives feature maps: replicated on every process, or sharded over them."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    @property
-    def input_size(self) -> int:
-        """Side of the square input, pixels."""
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Subtracted from pixels in [0, 1], per colour."""
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Divided by after that, per colour."""
-
-    @property
-    def width(self) -> int:
-        """Channels of a token."""
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) in patches."""
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens before the grid, the class token first; 0 when there is no class token."""
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides its features, as JSON (``fingerprint.difference``)."""
-
-    def features(self, pixels: Tensor) -> Features:
-        """The map of uint8 pixels (B, 3, S, S) on its device, without gradient."""
-
-
 @dataclass(frozen=True, eq=False)
-class FrozenTeacher:
-    """A teacher that is one module, whole on its device; made by ``freeze``."""
+class Teacher:
+    """A frozen network that gives feature maps; made by ``freeze``, whole on its device."""
 
     name: str
+    """For messages."""
     network: nn.Module
+    """The network, or the engine that holds it in shares (``sharded``)."""
     read: Read
     dtype: torch.dtype
     input_size: int
+    """Side of the square input, pixels."""
     mean: tuple[float, ...]
+    """Subtracted from pixels in [0, 1], per colour."""
     std: tuple[float, ...]
+    """Divided by after that, per colour."""
     width: int
+    """Channels of a token."""
     grid: tuple[int, int]
+    """(height, width) in patches."""
     num_prefix_tokens: int
+    """Tokens before the grid, the class token first; 0 when there is no class token."""
     fingerprint: dict[str, Any]
+    """What decides its features, as JSON (``fingerprint.difference``)."""
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Features:
@@ -104,7 +74,7 @@ def freeze(
     input_size: int,
     mean: Sequence[float],
     std: Sequence[float],
-) -> FrozenTeacher:
+) -> Teacher:
     """The network as a teacher: fingerprinted as loaded, then in eval mode, without gradients, on its device.
 
     Width, grid and prefix tokens are read off one map. Raises ``TeacherError`` when the network does not take
@@ -130,7 +100,7 @@ def freeze(
         raise TeacherError(
             f"teacher {architecture} gives no map at {input_size} px: {error} (teacher.input_size)"
         ) from error
-    return FrozenTeacher(
+    return Teacher(
         name=architecture,
         network=network,
         read=read,

@@ -31,7 +31,7 @@ from fd_scale.errors import TeacherError, near_misses
 from fd_scale.objective.features import Features
 from fd_scale.run import recipe as recipes
 from fd_scale.teachers import weights
-from fd_scale.teachers.frozen import FrozenTeacher, Read, freeze
+from fd_scale.teachers.frozen import Read, Teacher, freeze
 from fd_scale.teachers.weights import VISUAL, Checkpoint, Source
 
 STATISTICS = "pretrained"
@@ -49,7 +49,7 @@ class Tower:
     feature_point: str
 
 
-def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, seed: int) -> FrozenTeacher:
+def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, seed: int) -> Teacher:
     """The teacher of a recipe with ``library="open_clip"``; see ``fd_scale.teachers.load``."""
     known = open_clip.list_models()
     if spec.architecture not in known:

@@ -16,7 +16,7 @@ from fd_scale.objective.features import Features
 from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD
 from fd_scale.run import recipe as recipes
 from fd_scale.teachers import weights
-from fd_scale.teachers.frozen import FrozenTeacher, freeze
+from fd_scale.teachers.frozen import Teacher, freeze
 from fd_scale.timm_maps import normed_by
 from models.swinv2 import SwinV2, official_state_dict
 
@@ -24,7 +24,7 @@ HEADS = ("head.",)
 DEFAULT_SIZE = 224
 
 
-def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, seed: int) -> FrozenTeacher:
+def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, seed: int) -> Teacher:
     """The teacher of a recipe with ``library="models"``; see ``fd_scale.teachers.load``."""
     where = weights.source(spec.weights)
     if not where.is_random and where.path is None:

@@ -18,10 +18,10 @@ from fd_scale.engine.zero import shard_frozen
 from fd_scale.objective.features import Features
 from fd_scale.run.scale import Resolved
 from fd_scale.run.world import World
-from fd_scale.teachers.frozen import FrozenTeacher, Read
+from fd_scale.teachers.frozen import Read, Teacher
 
 
-def placed(teachers: Sequence[FrozenTeacher], resolved: Resolved, world: World) -> list[FrozenTeacher]:
+def placed(teachers: Sequence[Teacher], resolved: Resolved, world: World) -> list[Teacher]:
     """The teachers as the scale asks: whole on every process, compiled or not, or in shares."""
     if resolved.compile:
         for teacher in teachers:
@@ -45,7 +45,7 @@ class MapReader(nn.Module):
         return self._read(self.network, pixels_BCHW).tokens_BND
 
 
-def shard(teacher: FrozenTeacher, engine_of: Callable[[nn.Module], Any]) -> FrozenTeacher:
+def shard(teacher: Teacher, engine_of: Callable[[nn.Module], Any]) -> Teacher:
     """The same teacher, held in shares by all processes; ``engine_of`` shards a module.
 
     Its ``features`` are collective from then on: every process must ask for them equally often.

@@ -21,7 +21,7 @@ from fd_scale import timm_maps
 from fd_scale.errors import TeacherError
 from fd_scale.run import recipe as recipes
 from fd_scale.teachers import weights
-from fd_scale.teachers.frozen import FrozenTeacher, freeze
+from fd_scale.teachers.frozen import Teacher, freeze
 from fd_scale.teachers.weights import Checkpoint, Source
 from fd_scale.timm_maps import ArchitectureError
 
@@ -32,7 +32,7 @@ HEADS = ("head.", "head_dist.", "head_dense.", "decoder_", "mask_token")
 """What checkpoints carry beside the network: classifiers, DINO's and EsViT's heads, MAE's decoder."""
 
 
-def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, seed: int) -> FrozenTeacher:
+def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, seed: int) -> Teacher:
     """The teacher of a recipe with ``library="timm"``; see ``fd_scale.teachers.load``."""
     where = weights.source(spec.weights)
     arguments = dict(spec.arguments)

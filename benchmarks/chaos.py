@@ -1,6 +1,6 @@
 """Does a run survive what a cluster does to it, and what does that cost?
 
-    python -m benchmarks.chaos [--faults 20]     writes results/chaos.json; about 25 s per fault on two cores
+    python -m benchmarks.chaos [--faults 20]     writes results/chaos.json; about 45 s per fault on two cores
 
 A Slurm of two nodes is started on this machine (tests/cluster; Debian's packages, and root for the small file
 system), and the shipped template is submitted twice with a small recipe, ZeRO-3 over both nodes. One run is

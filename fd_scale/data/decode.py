@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from fd_scale.data import jpeg
 from fd_scale.data.faults import SampleError
-from fd_scale.data.jpeg import Decoder
+from fd_scale.data.jpeg import Decoder, Divisor
 
 MAX_PIXELS = 89_478_485
 """Largest image, a quarter GiB of RGB: the size from which Pillow suspects a decompression bomb."""
@@ -58,7 +58,7 @@ class Picture:
 
     @property
     def can_shrink(self) -> bool:
-        """Whether ``shrunk`` is to be had: for JPEGs that need not be turned or converted."""
+        """Whether ``region`` takes a divisor: for JPEGs that need not be turned or converted."""
         return self._pixels is None
 
     def whole(self) -> np.ndarray:
@@ -67,15 +67,16 @@ class Picture:
             self._pixels = self._guarded(lambda: jpeg.whole(self._image, self._decoder))
         return self._pixels
 
-    def region(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """The box of these pixels, uint8 (height, width, 3); may share memory with the whole."""
-        if self._pixels is not None:
-            return self._pixels[top : top + height, left : left + width]
-        return self._guarded(lambda: jpeg.region(self._image, top, left, height, width, self._decoder))
+    def region(self, top: int, left: int, height: int, width: int, divisor: Divisor = 1) -> np.ndarray:
+        """The box of these pixels, uint8 (height, width, 3); may share memory with the whole.
 
-    def shrunk(self, divisor: Literal[2, 4, 8]) -> np.ndarray:
-        """The whole at 1 / divisor of its size, rounded up."""
-        return self._guarded(lambda: jpeg.shrunk(self._image, divisor, self._decoder))
+        With a divisor, which only a picture that ``can_shrink`` takes, of the image at 1 / divisor of its
+        size, rounded up.
+        """
+        if self._pixels is not None and divisor == 1:
+            return self._pixels[top : top + height, left : left + width]
+        box = (top, left, height, width)
+        return self._guarded(lambda: jpeg.region(self._image, *box, self._decoder, divisor))
 
     def _guarded(self, make: Callable[[], T]) -> T:
         return _guarded(self._image, make)

@@ -1,9 +1,10 @@
 """How does a JPEG become pixels fastest? By the decoder that is installed, the same pixels from each.
 
-``nvimgcodec`` (extra ``fastjpeg``) decodes on the CPU no more than a region asks for; ``simplejpeg`` decodes
-the whole image and cuts; ``pillow`` does the same, slower, and reads what the others refuse. All three use
-libjpeg-turbo with its accurate transform and agree bit for bit. Images of other formats, and what is done
-about colour spaces and orientation, are the business of ``decode``.
+``turbojpeg`` (the system's library) decodes a region at full or smaller size, and no more; ``nvimgcodec``
+(extra ``fastjpeg``) does so at full size only; ``simplejpeg`` decodes the whole image and cuts; ``pillow``
+does the same, slower, and reads what the others refuse. All four are libjpeg-turbo with its accurate
+transform and agree bit for bit. Images of other formats, and what is done about colour spaces and
+orientation, are the business of ``decode``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-Decoder = Literal["auto", "nvimgcodec", "simplejpeg", "pillow"]
+from fd_scale.data import turbojpeg
+
+Decoder = Literal["auto", "turbojpeg", "nvimgcodec", "simplejpeg", "pillow"]
+Divisor = Literal[1, 2, 4, 8]
+"""By which the size of an image may be divided while it is decoded."""
 
 _END = b"\xff\xd9"
 _END_WITHIN = 1024
@@ -40,7 +45,14 @@ class Header(NamedTuple):
 def resolve(decoder: Decoder) -> Decoder:
     """The decoder that ``auto`` means here; raises ``ValueError`` for one that is not installed."""
     if decoder == "auto":
+        if turbojpeg.is_installed():
+            return "turbojpeg"
         return "nvimgcodec" if _has_nvimgcodec() else "simplejpeg"
+    if decoder == "turbojpeg" and not turbojpeg.is_installed():
+        raise ValueError(
+            "run.decoder='turbojpeg' is not installed: libturbojpeg of version 3 or later, "
+            "for instance by conda install libjpeg-turbo"
+        )
     if decoder == "nvimgcodec" and not _has_nvimgcodec():
         raise ValueError("run.decoder='nvimgcodec' is not installed: pip install 'fd-scale[fastjpeg]'")
     return decoder
@@ -61,17 +73,27 @@ def whole(image: bytes, decoder: Decoder) -> np.ndarray:
         return np.array(opened.convert("RGB"), dtype=np.uint8)
 
 
-def region(image: bytes, top: int, left: int, height: int, width: int, decoder: Decoder) -> np.ndarray:
-    """The pixels of a box, the same as those of the whole; a file without its end is damaged as a whole."""
-    if decoder == "nvimgcodec" and width >= _NARROWEST and image.rfind(_END, len(image) - _END_WITHIN) >= 0:
-        found = _by_nvimgcodec(image, top, left, height, width)
-        if found is not None:
-            return found
-    return whole(image, decoder)[top : top + height, left : left + width]
+def region(
+    image: bytes, top: int, left: int, height: int, width: int, decoder: Decoder, divisor: Divisor = 1
+) -> np.ndarray:
+    """The pixels of a box of the image at 1 / divisor of its size (rounded up), uint8 (height, width, 3).
+
+    The same as those of the whole; a file without its end is damaged as a whole. At a smaller size each block
+    is transformed to fewer pixels.
+    """
+    found = None
+    if width >= _NARROWEST and image.rfind(_END, len(image) - _END_WITHIN) >= 0:
+        if decoder == "turbojpeg":
+            found = turbojpeg.region(image, top, left, height, width, divisor)
+        elif decoder == "nvimgcodec" and divisor == 1:
+            found = _by_nvimgcodec(image, top, left, height, width)
+    if found is not None:
+        return found
+    everything = whole(image, decoder) if divisor == 1 else _shrunk(image, divisor, decoder)
+    return everything[top : top + height, left : left + width]
 
 
-def shrunk(image: bytes, divisor: int, decoder: Decoder) -> np.ndarray:
-    """All pixels at 1/2, 1/4 or 1/8 of the size, rounded up, by a smaller inverse transform per block."""
+def _shrunk(image: bytes, divisor: Divisor, decoder: Decoder) -> np.ndarray:
     height, width, _ = header(image)
     if decoder != "pillow":
         with contextlib.suppress(ValueError):

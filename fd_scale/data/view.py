@@ -100,7 +100,9 @@ def _crop(picture: Picture, box: Box, largest: int, shrink: bool) -> np.ndarray:
             if min(box.height, box.width) >= margin * largest * divisor:
                 # Rounded to whole pixels of the small image, or the crop would sit beside its place.
                 top, left, height, width = (round(side / divisor) for side in box[:4])
-                return picture.shrunk(divisor)[top : top + height, left : left + width]
+                height = min(height, -(-picture.height // divisor) - top)
+                width = min(width, -(-picture.width // divisor) - left)
+                return picture.region(top, left, height, width, divisor)
     return picture.region(*box[:4])
 
 

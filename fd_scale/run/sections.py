@@ -201,7 +201,7 @@ class Habits(Section):
     """Folder that holds the run directories."""
     workers: int = Field(default=2, ge=0)
     """Decoding processes per rank; 0 decodes in the training process."""
-    decoder: Literal["auto", "nvimgcodec", "simplejpeg", "pillow"] = "auto"
+    decoder: Literal["auto", "turbojpeg", "nvimgcodec", "simplejpeg", "pillow"] = "auto"
     """What decodes JPEGs, to the same pixels; ``auto`` takes the fastest that is installed."""
     cache: str | None = None
     """Folder on this machine for copies of remote shards; ``null`` streams them without touching the disk."""

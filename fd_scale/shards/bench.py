@@ -30,7 +30,7 @@ from fd_scale.data.view import apply, draw
 from fd_scale.errors import ShardError
 from fd_scale.run.sections import View
 
-DECODERS: tuple[Decoder, ...] = ("nvimgcodec", "simplejpeg", "pillow")
+DECODERS: tuple[Decoder, ...] = ("turbojpeg", "nvimgcodec", "simplejpeg", "pillow")
 ROUNDS = 3
 """The best of so many counts: other work on the machine only ever slows a round down."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fd_scale.data import jpeg
+from fd_scale.data import jpeg, turbojpeg
 from fd_scale.data.decode import DecodeError, decode, read
 from tests.data.pictures import encoded, picture
 
@@ -17,19 +17,35 @@ KINDS = [
     {"subsampling": 0},
     {"subsampling": 1},
     {"restart_marker_blocks": 5},
+    {"restart_marker_rows": 1, "subsampling": 1},
 ]
 SIZES = [(1, 1), (8, 9), (17, 33), (120, 75), (64, 300)]
 
 needs_nvimgcodec = pytest.mark.skipif(
     not jpeg._has_nvimgcodec(), reason="needs nvImageCodec: pip install 'fd-scale[fastjpeg]'"
 )
+needs_turbojpeg = pytest.mark.skipif(
+    not turbojpeg.is_installed(), reason="needs libturbojpeg 3, for instance by conda install libjpeg-turbo"
+)
 every_decoder = pytest.mark.parametrize(
-    "decoder", ["simplejpeg", "pillow", pytest.param("nvimgcodec", marks=needs_nvimgcodec)]
+    "decoder",
+    [
+        "simplejpeg",
+        "pillow",
+        pytest.param("nvimgcodec", marks=needs_nvimgcodec),
+        pytest.param("turbojpeg", marks=needs_turbojpeg),
+    ],
 )
 
 
 def by_pillow(image: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+
+
+def drafted(image: bytes, divisor: int) -> np.ndarray:
+    opened = Image.open(io.BytesIO(image))
+    opened.draft("RGB", (opened.width // divisor, opened.height // divisor))
+    return np.asarray(opened.convert("RGB"))
 
 
 @every_decoder
@@ -54,12 +70,19 @@ def test_every_region_is_that_of_pillows_image(decoder, options, mode):
 @pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("divisor", [2, 4, 8])
-def test_shrinking_is_the_same_everywhere(decoder, options, mode, divisor):
+def test_every_region_of_a_smaller_size_is_that_of_pillows_draft(decoder, options, mode, divisor):
+    rng = np.random.default_rng(divisor)
     for number, (height, width) in enumerate([(97, 130), (128, 64), (333, 257)]):
         image = encoded(picture(number, height, width, mode), "JPEG", **options)
-        small = read(image, decoder=decoder).shrunk(divisor)
-        assert small.shape == (-(-height // divisor), -(-width // divisor), 3)
-        np.testing.assert_array_equal(small, read(image, decoder="pillow").shrunk(divisor))
+        photo, rows, columns = read(image, decoder=decoder), -(-height // divisor), -(-width // divisor)
+        expected = drafted(image, divisor)
+        assert expected.shape == (rows, columns, 3)
+        np.testing.assert_array_equal(photo.region(0, 0, rows, columns, divisor), expected)
+        for _ in range(12):
+            top, left = int(rng.integers(rows)), int(rng.integers(columns))
+            tall, wide = int(rng.integers(1, rows - top + 1)), int(rng.integers(1, columns - left + 1))
+            found = photo.region(top, left, tall, wide, divisor)
+            np.testing.assert_array_equal(found, expected[top : top + tall, left : left + wide])
 
 
 @every_decoder
@@ -70,7 +93,7 @@ def test_a_cut_file_is_refused_even_where_the_region_is_whole(decoder, share):
     with pytest.raises(DecodeError, match="JPEG of"):
         read(cut, decoder=decoder).region(0, 0, 8, 8)
     with pytest.raises(DecodeError, match="JPEG of"):
-        read(cut, decoder=decoder).shrunk(2)
+        read(cut, decoder=decoder).region(0, 0, 8, 8, 2)
 
 
 @every_decoder
@@ -111,12 +134,19 @@ def test_orientation_follows_the_policy(decoder):
 
 def test_the_decoder_that_is_meant_is_known(monkeypatch):
     monkeypatch.setattr(jpeg, "_has_nvimgcodec", lambda: False)
+    monkeypatch.setattr(turbojpeg, "is_installed", lambda: False)
     assert jpeg.resolve("auto") == "simplejpeg"
     with pytest.raises(ValueError, match=r"run\.decoder='nvimgcodec' is not installed: pip install"):
         jpeg.resolve("nvimgcodec")
+    with pytest.raises(ValueError, match=r"run\.decoder='turbojpeg' is not installed: libturbojpeg"):
+        jpeg.resolve("turbojpeg")
     monkeypatch.setattr(jpeg, "_has_nvimgcodec", lambda: True)
     assert [jpeg.resolve(name) for name in ("auto", "nvimgcodec", "pillow")] == [
         "nvimgcodec", "nvimgcodec", "pillow",
+    ]  # fmt: skip
+    monkeypatch.setattr(turbojpeg, "is_installed", lambda: True)
+    assert [jpeg.resolve(name) for name in ("auto", "turbojpeg", "simplejpeg")] == [
+        "turbojpeg", "turbojpeg", "simplejpeg",
     ]  # fmt: skip
 
 

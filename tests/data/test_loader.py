@@ -336,10 +336,12 @@ def test_sizes_may_change_with_the_step_and_change_no_crop(shards, workers):
         assert torch.equal(one.pixels[16], other.pixels[16])
 
 
-@pytest.mark.parametrize("decoder", ["nvimgcodec", "simplejpeg", "pillow"])
+@pytest.mark.parametrize("decoder", ["turbojpeg", "nvimgcodec", "simplejpeg", "pillow"])
 def test_every_decoder_gives_the_same_batches(shards, reference, decoder):
-    if decoder == "nvimgcodec" and jpeg_decoders.resolve("auto") != "nvimgcodec":
-        pytest.skip("needs nvImageCodec: pip install 'fd-scale[fastjpeg]'")
+    try:
+        jpeg_decoders.resolve(decoder)
+    except ValueError as error:
+        pytest.skip(str(error))
     loader = loader_of(shards, decoder=decoder)
     assert loader.decoder == decoder
     assert global_batches(shards, 1, decoder=decoder) == reference

@@ -226,6 +226,22 @@ def test_a_shrunk_crop_sits_in_its_place():
         assert (exact - fast).abs().max() <= 2  # a view's pixel spans 2.5 levels; 1 seen
 
 
+@pytest.mark.parametrize("divisor", [2, 4, 8])
+def test_a_shrunk_crop_ends_where_the_small_image_does(divisor, monkeypatch):
+    """Its place and its size may both be rounded up, to beyond the edge."""
+    side, top = 131 * divisor, 3 * divisor // 2  # 1.5 pixels of the small image, and 129.5 follow
+    photo = read(encoded(picture(6, side, side), "JPEG"))
+    asked = []
+
+    def region(*box):
+        asked.append(box)
+        return np.zeros((*box[2:4], 3), dtype=np.uint8)
+
+    monkeypatch.setattr(photo, "region", region)
+    apply(photo, Box(top, top, side - top, side - top, False), [64], "bicubic", shrink=True)
+    assert asked == [(2, 2, 129, 129, divisor)]
+
+
 def test_only_what_may_be_shrunk_is():
     large = picture(8, 800, 900)
     box = Box(0, 0, 800, 800, False)

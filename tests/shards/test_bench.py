@@ -21,6 +21,7 @@ def test_every_installed_decoder_is_measured(tmp_path, monkeypatch):
     write_shards(samples, tmp_path)
     shards = ShardSet.open(tmp_path)
     monkeypatch.setattr(decoders, "_has_nvimgcodec", lambda: False)
+    monkeypatch.setattr(decoders.turbojpeg, "is_installed", lambda: False)
     found = bench(shards, [(0, n) for n in range(4)], View(), [16, 24])
     assert set(found.images_per_cpu_s) == {"simplejpeg", "pillow"}
     assert all(rate > 0 for rate in (*found.images_per_cpu_s.values(), found.baseline_per_cpu_s))

@@ -51,10 +51,9 @@ def main() -> None:
 
 
 def _recipe(name: str, assignments: list[str] | None) -> Recipe:
-    from fd_scale.run import recipe, recipes
+    from fd_scale.run.recipes import chosen
 
-    found = recipe.load(Path(name)) if name.endswith(".json") else recipes.get(name)
-    return recipe.apply_overrides(found, assignments or [])
+    return chosen(name, assignments or [])
 
 
 @app.command()

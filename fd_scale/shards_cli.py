@@ -246,27 +246,48 @@ def show(
 
 @app.command()
 def plan(
-    folder: SetArgument,
-    global_batch: Annotated[int, typer.Option(min=1, help="Images per step, over all processes.")],
-    seed: Annotated[int, typer.Option(min=0, help="The recipe's.")] = 0,
+    folders: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FOLDER | FOLDER=WEIGHT...]",
+            help="A folder of shards with its index; or several to mix, each with its sampling weight.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", help="Take folders, weights, batch, seed and block from this recipe (name or .json)."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one of its fields: section.field=value.")
+    ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per step, over all processes; needed without --recipe.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The run's seed; 0 without --recipe.")] = None,
     epoch: Annotated[int, typer.Option(min=0, help="Counted from 0.")] = 0,
     step: Annotated[int, typer.Option(min=0, help="Within the epoch, counted from 0.")] = 0,
     world_size: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     rank: Annotated[int, typer.Option(min=0, help="Which of them.")] = 0,
-    block: Annotated[int, typer.Option(min=1, help="The recipe's data.block.")] = 256,
+    block: Annotated[
+        int | None, typer.Option(min=1, help="The run's data.block; 256 without --recipe.")
+    ] = None,
     places: Annotated[
         bool, typer.Option("--places", help="Shard, index and key, with tabs between, not the key alone.")
     ] = False,
 ) -> None:
-    """Print the keys of a rank's part of a step, one per line, in order."""
-    from fd_scale.data.index import ShardSet
-    from fd_scale.data.plan import Plan
+    """Print the keys of a rank's part of a step, one per line, in order.
+
+    The same arguments as the run's give the run's own samples.
+    """
+    from fd_scale.data.sets import open_shards, plan_of
     from fd_scale.shards import listing
 
-    shards = ShardSet.open(folder, check=False)
-    order = Plan(
-        shards.counts, seed=seed, global_batch=global_batch, block=block, fingerprint=shards.fingerprint
-    )
+    fields = {"global_batch": global_batch, "seed": seed, "data.block": block}
+    run = listing.run_of(folders or [], recipe, set_ or [], fields)
+    shards = open_shards(run, check=False)
+    order = plan_of(run, shards)
     for one in listing.samples(shards, order, epoch=epoch, step=step, rank=rank, world_size=world_size):
         typer.echo("\t".join(map(str, one)) if places else one.key)
 

@@ -68,6 +68,11 @@ def test_a_plan_is_one_key_per_line(packed):
     assert parts[0] + parts[1] == whole
     places = run("plan", packed, *options, "--rank", 0, "--places").stdout.splitlines()
     assert [line.split("\t")[2] for line in places] == parts[0]
+    assert run("plan", f"{packed}=2.5", *options, "--rank", 0).stdout.split() == parts[0]
+    changes = [word for name, value in (("data.shards", packed), ("global_batch", 4), ("seed", 3))
+               for word in ("--set", f"{name}={value}")]  # fmt: skip
+    recipe = run("plan", "--recipe", "fd_clip_vitb16", *changes, "--epoch", 1, "--step", 1)
+    assert recipe.stdout.split() == whole
 
 
 def test_a_set_is_shown_and_measured(packed, tmp_path):

@@ -11,12 +11,13 @@ The released learning rates are written per 512 images; here all are at the glob
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from rich.table import Table
 
 from fd_scale.errors import RecipeError, near_misses
-from fd_scale.run.recipe import Recipe, derive
+from fd_scale.run.recipe import Recipe, apply_overrides, derive, load
 from fd_scale.run.sections import (
     IMAGENET_1K_IMAGES,
     Habits,
@@ -335,6 +336,12 @@ def describe(name: str) -> str:
 def get(name: str) -> Recipe:
     """The recipe of this name, with its description in ``notes``; a ``RecipeError`` names near misses."""
     return _function(name)().model_copy(update={"notes": describe(name)})
+
+
+def chosen(name_or_path: str, assignments: Sequence[str] = ()) -> Recipe:
+    """What ``--recipe`` and ``--set`` ask for: a recipe by name or from its .json file, changed in fields."""
+    found = load(Path(name_or_path)) if name_or_path.endswith(".json") else get(name_or_path)
+    return apply_overrides(found, assignments)
 
 
 def table() -> Table:

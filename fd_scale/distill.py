@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from fd_scale.engine.zero import Engine
 from fd_scale.errors import RunError
 from fd_scale.export import export
 from fd_scale.objective.losses import Objective
+from fd_scale.plan import placement
 from fd_scale.run import scale
 from fd_scale.run.recipe import Recipe
 from fd_scale.run.scale import Resolved
@@ -50,8 +52,12 @@ def distill(recipe: Recipe, *, watch: Callable[[Recipe, World], Watch | None] | 
     def prepare(world: World) -> training.Run:
         resolved = scale.resolve(scale.load(recipe.scale), recipe, world.size)
         shards = open_together(recipe, world)
+        resolved, settlement = placement.settle(recipe, resolved, world)
         task = Distillation(recipe, resolved, world, watch=watch(recipe, world) if watch else None)
-        return training.Run(recipe, task, shards, resolved, world)
+        run = training.Run(recipe, task, shards, resolved, world)
+        if settlement is not None:
+            world.on_main(partial(settlement.record, run.folder))
+        return run
 
     training.run(prepare)
 

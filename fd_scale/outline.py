@@ -57,7 +57,8 @@ def _engine(resolved: Resolved, scale: str) -> str:
     granularity = "".join(f", {name} {value}" for name, value in resolved.granularity.items())
     recomputed = f"on{granularity}" if resolved.activation_checkpointing else "off"
     parts = [f"ZeRO-{resolved.zero_stage}", "bf16" if resolved.bf16 else "fp32"]
-    parts += [f"activation checkpointing {recomputed}", f"teacher: {resolved.teacher}"]
+    teacher = "decided at the start, see plan" if resolved.teacher == "auto" else resolved.teacher
+    parts += [f"activation checkpointing {recomputed}", f"teacher: {teacher}"]
     parts += ["compiled blocks"] * resolved.compile
     return f"{', '.join(parts)} (scale {scale})"
 

@@ -306,7 +306,10 @@ class Run:
         """Record this start, and watch over its steps from now on."""
         facts = environment() if self.world.is_main else {}
         record = self.world.on_main(
-            lambda: self.folder.new_start(self.resolved.ds_config, facts | {"world_size": self.world.size})
+            lambda: self.folder.new_start(
+                self.resolved.ds_config,
+                facts | {"world_size": self.world.size, "fd_scale": self.resolved.own},
+            )
         )
         limit_s = self.recipe.run.watchdog_s
         return Watchdog(record / "stacks", limit_s, rank=self.world.rank, world_size=self.world.size)

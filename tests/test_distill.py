@@ -61,7 +61,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     pack(folder / "images", folder / "shards", max_count=10)
     zero = {"stage": 3, "reduce_bucket_size": 1_000_000}
-    scale = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": zero}
+    own = {"teacher": "auto"}
+    scale = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": zero, "fd_scale": own}
     (folder / "scale.json").write_text(json.dumps(scale))
     return folder
 
@@ -151,6 +152,11 @@ def test_a_run_learns_and_writes_it_down(whole: tuple[Path, str]) -> None:
     assert recipes.load(run / "recipe.json").run_name == run.name
     assert json.loads((run / "starts/0001/ds_config.json").read_text())["gradient_accumulation_steps"] == 1
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    assert "teacher: whole on every process (auto: with it a process needs" in output
+    assert json.loads((run / "placement.json").read_text())["teacher"] == "replicate"
+    assert (
+        json.loads((run / "starts/0001/environment.json").read_text())["fd_scale"]["teacher"] == "replicate"
+    )
 
 
 def test_the_first_loss_is_that_of_the_definition(

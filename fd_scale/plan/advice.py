@@ -14,9 +14,10 @@ from typing import Any
 from fd_scale.errors import ScaleError
 from fd_scale.plan.cluster import Cluster
 from fd_scale.plan.growth import Growth
-from fd_scale.plan.memory import GIB, Layout, Memory, Sizes, memory
+from fd_scale.plan.memory import GIB, Layout, Memory, Sizes, memory, with_gradients
+from fd_scale.plan.placement import Decision, settled
 from fd_scale.plan.step_time import Assumptions, StepTime, step_time
-from fd_scale.plan.trace import GRADIENTS, Trace
+from fd_scale.plan.trace import Trace
 from fd_scale.run import scale
 from fd_scale.run.recipe import Recipe
 from fd_scale.run.scale import MICRO_BATCH, Scale
@@ -33,6 +34,8 @@ class Choice:
     layout: Layout
     memory: Memory
     time: StepTime
+    decision: Decision | None = None
+    """On the teacher, where its scale leaves that to the plan; the layout has it."""
 
     @property
     def images_per_step(self) -> int:
@@ -48,24 +51,16 @@ class Shapes:
     growth: dict[bool, Growth]
 
     def trace(self, layout: Layout) -> Trace:
-        """The micro-step of a layout. Where gradients stay, all of them are added to the peak: at most, they
-        are there when it comes."""
-        trace = self.growth[layout.recompute].at(layout.micro_batch)
-        if not layout.keeps_gradients:
-            return trace
-        gradients = layout.weight_bytes * self.sizes.student
-        return replace(
-            trace,
-            peak_bytes=trace.peak_bytes + gradients,
-            at_peak=trace.at_peak | {GRADIENTS: gradients},
-        )
+        """The micro-step of a layout."""
+        return with_gradients(self.growth[layout.recompute].at(layout.micro_batch), layout, self.sizes)
 
 
 def judge(layout: Layout, shapes: Shapes, cluster: Cluster, assumed: Assumptions) -> Choice:
     """Memory and time of a layout on the cluster."""
     trace = shapes.trace(layout)
+    layout, decision = settled(layout, shapes.sizes, trace, cluster.gpu.memory_gib, "cuda")
     held = memory(layout, shapes.sizes, trace, "cuda")
-    return Choice(layout, held, step_time(layout, shapes.sizes, trace, cluster, assumed))
+    return Choice(layout, held, step_time(layout, shapes.sizes, trace, cluster, assumed), decision)
 
 
 def fits(choice: Choice, cluster: Cluster) -> bool:
@@ -141,7 +136,10 @@ def ds_config(wanted: Scale, choice: Choice) -> dict[str, Any]:
     """The scale file of a choice: the asked one with other stage, micro-batch and recomputation."""
     config = _with(with_stage(wanted, choice.layout.zero_stage), {MICRO_BATCH: choice.layout.micro_batch})
     recomputed = dict(wanted.granularity) if choice.layout.recompute and wanted.granularity else None
-    own = {"activation_checkpointing": recomputed or choice.layout.recompute, "teacher": wanted.teacher}
+    own = {
+        "activation_checkpointing": recomputed or choice.layout.recompute,
+        "teacher": choice.layout.teacher,
+    }
     return {**config.deepspeed, "fd_scale": own | ({"compile": True} if wanted.compile else {})}
 
 

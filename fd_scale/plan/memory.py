@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fd_scale.plan.trace import (
     GATHERED,
@@ -26,7 +26,7 @@ from fd_scale.plan.trace import (
     Sharding,
     Trace,
 )
-from fd_scale.run.scale import Resolved
+from fd_scale.run.scale import AskedPlacement, Resolved
 
 GIB = 2**30
 FP32 = 4
@@ -64,7 +64,7 @@ class Layout:
     communicates_fp32: bool
     immediate: bool = False
     """bf16.immediate_grad_update."""
-    teacher: Literal["replicate", "shard"] = "replicate"
+    teacher: AskedPlacement = "replicate"
     ema: bool = False
     """A float32 moving average of the weights, sharded like the master weights."""
 
@@ -179,7 +179,12 @@ class Memory:
 
 
 def memory(layout: Layout, sizes: Sizes, trace: Trace, device: Device) -> Memory:
-    """The memory of one process; ``trace`` is of the layout's micro-batch, recomputation and gradients."""
+    """The memory of one process; ``trace`` is of the layout's micro-batch, recomputation and gradients.
+
+    Raises ``ValueError`` for a teacher's placement that is still to be decided (``placement.settled``).
+    """
+    if layout.teacher == "auto":
+        raise ValueError("whether the teacher is whole or in shares is not decided yet (plan.placement)")
     held = _held(layout, sizes)
     on_host = {MASTER, MOMENTS, ACCUMULATED} if layout.offloads_optimizer else set()
     on_host |= {WEIGHTS} if layout.offloads_parameters else set()
@@ -192,6 +197,19 @@ def memory(layout: Layout, sizes: Sizes, trace: Trace, device: Device) -> Memory
     during_step = on_device + Counter(_step_parts(layout, sizes, device))
     host = sum(size for name, size in held.items() if name in on_host)
     return Memory((Moment(trace.peak_phase, during_pass), Moment("step", during_step)), host)
+
+
+def with_gradients(trace: Trace, layout: Layout, sizes: Sizes) -> Trace:
+    """A trace whose gradients were taken as they came, for a layout. Where gradients stay, all of them are
+    added to the peak: at most, they are there when it comes."""
+    if not layout.keeps_gradients:
+        return trace
+    gradients = layout.weight_bytes * sizes.student
+    return replace(
+        trace,
+        peak_bytes=trace.peak_bytes + gradients,
+        at_peak=trace.at_peak | {GRADIENTS: gradients},
+    )
 
 
 def _share(numel: int, world: int) -> int:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from fd_scale.plan.cluster import Cluster
-from fd_scale.plan.memory import FP32, Layout, Sizes
+from fd_scale.plan.memory import FP32, TEACHER_PREFETCH, Layout, Sizes
 from fd_scale.plan.trace import Trace
 
 
@@ -84,10 +84,12 @@ def step_time(layout: Layout, sizes: Sizes, trace: Trace, cluster: Cluster, assu
     bandwidth = cluster.gpu.memory_tb_s * 1e12 * assumed.memory
     if layout.offloads_optimizer:
         bandwidth = assumed.host_gb_s * 1e9
-    communication = communication_s(layout, sizes, cluster, assumed)
-    hidden = 0.0
-    if layout.zero.get("overlap_comm", layout.zero_stage == 3):
-        hidden = min(communication, (compute + traffic) * passes)
+    student_s = communication_s(layout, sizes, cluster, assumed)
+    teacher_s = teacher_gathering_s(layout, sizes, cluster, assumed)
+    communication = student_s + teacher_s
+    # The teacher's engine always fetches ahead.
+    behind = communication if layout.zero.get("overlap_comm", layout.zero_stage == 3) else teacher_s
+    hidden = min(behind, (compute + traffic) * passes)
     return StepTime(
         compute * passes,
         traffic * passes,
@@ -99,7 +101,7 @@ def step_time(layout: Layout, sizes: Sizes, trace: Trace, cluster: Cluster, assu
 
 
 def communication_s(layout: Layout, sizes: Sizes, cluster: Cluster, assumed: Assumptions) -> float:
-    """All collectives of an optimizer step, seconds, as DeepSpeed runs them.
+    """The student's collectives of an optimizer step, seconds, as DeepSpeed runs them.
 
     Stages 0 and 1 all-reduce gradients once per step; stages 2 and 3 reduce-scatter them in every
     micro-step; stages 1 and 2 gather new weights once; stage 3 gathers weights on the way forward and, where
@@ -115,7 +117,7 @@ def communication_s(layout: Layout, sizes: Sizes, cluster: Cluster, assumed: Ass
     far = cluster.slowest_link_gb_s * 1e9 * assumed.link
     bucket = max(int(layout.zero.get("reduce_bucket_size", 5e8)), 1)
     num_reduces = math.ceil(sizes.student / bucket)
-    latency = assumed.latency_us * 1e-6 * (1 + math.log2(cluster.num_nodes))
+    latency = _latency_s(cluster, assumed)
     if stage < 2:
         seconds = 2 * gradients * ring / far + num_reduces * latency
         return seconds + (weights * ring / far + latency if stage == 1 else 0.0)
@@ -129,3 +131,17 @@ def communication_s(layout: Layout, sizes: Sizes, cluster: Cluster, assumed: Ass
     num_gathers = math.ceil(sizes.student / prefetch) * (1 + again)
     gathering = weights * ring * (1 / far + again / on_the_way_back) + num_gathers * latency
     return passes * (gathering + reducing)
+
+
+def teacher_gathering_s(layout: Layout, sizes: Sizes, cluster: Cluster, assumed: Assumptions) -> float:
+    """Of an optimizer step, seconds in which a teacher in shares is gathered: once in each pass."""
+    if layout.teacher != "shard" or layout.world == 1:
+        return 0.0
+    moved = layout.weight_bytes * sizes.teacher * (layout.world - 1) / layout.world
+    far = cluster.slowest_link_gb_s * 1e9 * assumed.link
+    num_gathers = math.ceil(sizes.teacher / TEACHER_PREFETCH)
+    return layout.accumulation * (moved / far + num_gathers * _latency_s(cluster, assumed))
+
+
+def _latency_s(cluster: Cluster, assumed: Assumptions) -> float:
+    return assumed.latency_us * 1e-6 * (1 + math.log2(cluster.num_nodes))

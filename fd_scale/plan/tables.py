@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from fd_scale.plan.advice import Choice
 from fd_scale.plan.foretell import Column, Plan, choice_memory, recommendation, where_zero_3_stops
 from fd_scale.plan.memory import FRAGMENTATION, GIB, OUTSIDE_GIB
 
@@ -91,7 +92,7 @@ def _summary(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "teacher",
         f"{counted.recipe.teacher.architecture}, {sizes.teacher:,} parameters, "
-        f"{TEACHER_WORDS[layout.teacher]}",
+        f"{TEACHER_WORDS[layout.teacher]}{_decided(plan.asked)}",
     )
     yield (
         "engine",
@@ -113,6 +114,10 @@ def _summary(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "compiled blocks", "are planned as if they were not: they take less memory and time"
     if not plan.cluster.gpu.has_bf16 and layout.bf16:
         yield "bf16", f"{plan.cluster.gpu.name} has no bf16: it is computed as float32"
+
+
+def _decided(choice: Choice) -> str:
+    return "" if choice.decision is None else f" (auto: {choice.decision.why})"
 
 
 def _time(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -108,7 +108,7 @@ ALLOWED: Keys = {
     OWN_SECTION: {
         "activation_checkpointing": GRANULARITY,
         "compile": FLAG,
-        "teacher": _one_of("replicate", "shard"),
+        "teacher": _one_of("replicate", "shard", "auto"),
     },
 }
 """Every key that a scale may hold, by its place, with the kind of its value."""
@@ -189,7 +189,7 @@ def problems(
         elif kind is None:
             where = f"keys of {'.'.join(parents)}" if parents else "top-level keys"
             yield f"unknown key {place!r}{near_misses(key, allowed)} ({where}: {', '.join(allowed)})"
-        elif value == "auto":
+        elif value == "auto" and not (isinstance(kind, Kind) and kind.holds(value)):
             yield f'{place}="auto" is refused: DeepSpeed would take its default in silence; write the value'
         elif isinstance(kind, Kind):
             if not kind.holds(value):

@@ -3,6 +3,7 @@
     <root>/fd_swinv2g-3fa91c07/    the recipe's name and the fingerprint of its science
       recipe.json                  what was asked
       teacher.json                 fingerprint of the teacher: weights, preprocessing, feature point
+      placement.json               what a scale's "teacher": "auto" came to, and why
       starts/0001/                 one per start:
         ds_config.json               what DeepSpeed got
         environment.json             command, commit, versions, host, processors, Slurm job
@@ -50,6 +51,11 @@ class RunFolder:
     """A run directory: ``open`` for a run that is to go on, ``at`` for one that is to be looked at."""
 
     path: Path
+
+    @classmethod
+    def of(cls, recipe: RunRecipe) -> RunFolder:
+        """The directory of a recipe's run, which may not be there yet."""
+        return cls(Path(recipe.run.root) / recipe.run_name)
 
     @classmethod
     def open(cls, root: Path | str, recipe: RunRecipe) -> RunFolder:
@@ -112,6 +118,11 @@ class RunFolder:
     def teacher(self) -> Path:
         """File of the teacher's fingerprint."""
         return self.path / "teacher.json"
+
+    @property
+    def placement(self) -> Path:
+        """File of where the teacher's weights lie, where the scale left that open."""
+        return self.path / "placement.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -24,6 +24,7 @@ from fd_scale.run.recipe import RunRecipe, streams_of
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 
 Placement = Literal["replicate", "shard"]
+AskedPlacement = Literal["replicate", "shard", "auto"]
 
 FIXED: Mapping[str, Any] = {
     # The optimizer is built by fd_scale: torch's AdamW, also when its state is offloaded.
@@ -45,7 +46,7 @@ class Scale:
     deepspeed: Mapping[str, Any]
     activation_checkpointing: bool
     granularity: Mapping[str, Any] = field(default_factory=dict)
-    teacher: Placement = "replicate"
+    teacher: AskedPlacement = "replicate"
     compile: bool = False
 
 
@@ -64,10 +65,21 @@ class Resolved:
     activation_checkpointing: bool
     granularity: Mapping[str, Any] = field(default_factory=dict)
     """Which blocks are recomputed: arguments of a model's ``set_grad_checkpointing``."""
-    teacher: Placement = "replicate"
-    """Whether each process holds the whole teacher or a share of it."""
+    teacher: AskedPlacement = "replicate"
+    """Whether each process holds the whole teacher or a share of it; ``auto`` until ``plan.placement`` has
+    decided."""
     compile: bool = False
     """Whether the blocks of student and teacher are compiled."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What the section of ours came to, as it could be written there."""
+        recomputed = dict(self.granularity) if self.activation_checkpointing and self.granularity else None
+        return {
+            "activation_checkpointing": recomputed or self.activation_checkpointing,
+            "teacher": self.teacher,
+            "compile": self.compile,
+        }
 
 
 def names() -> list[str]:

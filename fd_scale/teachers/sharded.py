@@ -22,7 +22,12 @@ from fd_scale.teachers.frozen import Read, Teacher
 
 
 def placed(teachers: Sequence[Teacher], resolved: Resolved, world: World) -> list[Teacher]:
-    """The teachers as the scale asks: whole on every process, compiled or not, or in shares."""
+    """The teachers as the scale asks: whole on every process, compiled or not, or in shares.
+
+    Raises ``ValueError`` while the placement is still to be decided (``plan.placement``).
+    """
+    if resolved.teacher == "auto":
+        raise ValueError("whether the teacher is whole or in shares is not decided yet (plan.placement)")
     if resolved.compile:
         for teacher in teachers:
             compile_blocks(teacher.network)

@@ -89,7 +89,8 @@ def trace(**changes: Any) -> Trace:
 
 def layout(name: str, world: int, **changes: Any) -> Layout:
     recipe = recipes.get("fd_swinv2g")
-    return replace(Layout.of(scale.resolve(scale.load(name), recipe, world), world), **changes)
+    found = Layout.of(scale.resolve(scale.load(name), recipe, world), world)
+    return replace(found, **{"teacher": "replicate", **changes})
 
 
 SIZES = Sizes(student=3_000_000, teacher=5_000_000, largest=1_000_000, small={1_000_000: 3_000_000})

@@ -135,6 +135,7 @@ def test_places_are_those_of_the_design(tmp_path):
         folder.reports: "reports",
         folder.recipe: "recipe.json",
         folder.teacher: "teacher.json",
+        folder.placement: "placement.json",
     }
     assert all(place == folder.path / name for place, name in places.items())
 

@@ -179,6 +179,7 @@ def test_what_a_scale_leaves_out(write):
     assert (resolved.teacher, resolved.compile) == ("replicate", False)
     for own, expected in (
         ({"teacher": "shard"}, ("shard", False)),
+        ({"teacher": "auto"}, ("auto", False)),
         ({"compile": True}, ("replicate", True)),
     ):
         path = write({"train_micro_batch_size_per_gpu": 1, "fd_scale": own})
@@ -191,6 +192,7 @@ def test_what_a_scale_leaves_out(write):
     [
         {"zero_optimization": {"stage": 3}, "fd_scale": {"compile": True}},
         {"fd_scale": {"compile": True, "teacher": "shard"}},
+        {"fd_scale": {"compile": True, "teacher": "auto"}},
     ],
 )
 def test_compiled_blocks_need_whole_parameters(write, pair):

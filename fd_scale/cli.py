@@ -94,7 +94,6 @@ def plan(
     price_kwh: plan_cli.KwhOption = None,
     disk: plan_cli.DiskOption = 2.0,
     decode_rate: plan_cli.DecodeOption = 150.0,
-    ema: plan_cli.EmaOption = False,
 ) -> None:
     """Will it fit, how long will it take, what will it cost? For a recipe on a cluster; needs no GPU.
 
@@ -115,7 +114,6 @@ def plan(
         price_kwh=price_kwh,
         disk=disk,
         decode_rate=decode_rate,
-        ema=ema,
     )
 
 
@@ -137,11 +135,15 @@ def recipes(
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    ema: Annotated[
+        bool,
+        typer.Option("--ema", help="The moving average of the weights, of a run with optim.average_decay."),
+    ] = False,
 ) -> None:
     """Write the student of a checkpoint as one safetensors file, with a model card. Needs no GPU."""
     from fd_scale.export import export as write
 
-    written = write(run, step=step)
+    written = write(run, step=step, average=ema)
     typer.echo(f"{written.weights}\n{written.card}")
 
 

@@ -18,8 +18,8 @@ def diagnose(
         str,
         typer.Argument(
             metavar="RUN|WEIGHTS",
-            help="A run directory (the student of its newest checkpoint), an exported file, or "
-            "timm:NAME[.TAG][=WEIGHTS].",
+            help="A run directory (the student of its newest checkpoint; RUN#ema: the average of its "
+            "weights), an exported file, or timm:NAME[.TAG][=WEIGHTS].",
         ),
     ],
     against: Annotated[

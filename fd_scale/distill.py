@@ -69,13 +69,13 @@ class Distillation:
     change = None
     groups = None
     make_optimizer = staticmethod(adamw)
-    average_decay = None
     keep_steps = ()
 
     def __init__(
         self, recipe: Recipe, resolved: Resolved, world: World, *, watch: Watch | None = None
     ) -> None:
         self.device, self.watch = world.device, watch
+        self.average_decay = recipe.optim.average_decay
         dtype = torch.bfloat16 if resolved.bf16 else torch.float32
         teachers = world.together(lambda: load_teachers(recipe, world.device, dtype))
         self.teachers = placed(teachers, resolved, world)
@@ -115,9 +115,10 @@ class Distillation:
         return {} if self.watch is None else self.watch(self, run, step)
 
     def finish(self, run: training.Run) -> None:
-        """Export the student of the last step."""
-        written = run.world.on_main(lambda: export(run.folder.path))
-        log.info("student: %s", written.weights)
+        """Export the student of the last step, and its moving average if there is one."""
+        for average in (False, True)[: 1 + (self.average_decay is not None)]:
+            written = run.world.on_main(partial(export, run.folder.path, average=average))
+            log.info("student%s: %s", " (EMA)" if average else "", written.weights)
 
 
 def load_teachers(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[Teacher]:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fd_scale import __version__
-from fd_scale.engine.checkpoint import Checkpoint, Pieces, committed, faults
+from fd_scale.engine.checkpoint import Checkpoint, Pieces, committed, faults, kind_of_weights
 from fd_scale.errors import RunError
 from fd_scale.run.folder import RunFolder, write_atomically
 from fd_scale.run.recipe import Recipe, Student
@@ -35,32 +35,36 @@ class Export:
     card: Path
 
 
-def export(run: Path, *, step: int | None = None) -> Export:
-    """Write the student of a run's checkpoint (the newest, or of ``step``) to ``<run>/exports``.
+def export(run: Path, *, step: int | None = None, average: bool = False) -> Export:
+    """Write the student of a run's checkpoint (the newest, or of ``step``) to ``<run>/exports``; with
+    ``average`` the moving average of its weights.
 
     The file holds float32 tensors under the architecture's own names, and metadata that says how to build it.
-    Raises ``RunError`` when ``run`` is not a run directory, has no such checkpoint, or the checkpoint is
-    damaged.
+    Raises ``RunError`` when ``run`` is not a run directory, has no such checkpoint or no average, or the
+    checkpoint is damaged.
     """
     folder = RunFolder.at(run)
     recipe = folder.read_recipe()
     checkpoint = choose(folder, step)
-    weights = folder.exports / f"step-{checkpoint.step:08d}.safetensors"
+    tensors = student_tensors(checkpoint, average=average)
+    weights = folder.exports / f"step-{checkpoint.step:08d}{'-ema' * average}.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
     loading = loading_recipe(recipe)
     partial = weights.with_suffix(".partial")
-    save_file(student_tensors(checkpoint), partial, metadata=_metadata(recipe, checkpoint, loading))
+    save_file(tensors, partial, metadata=_metadata(recipe, checkpoint, loading, average=average))
     partial.replace(weights)
     card = weights.with_suffix(".md")
-    write_atomically(card, _card(recipe, checkpoint, loading, weights, _last_metrics(folder)))
+    kind = f"moving average, decay {recipe.optim.average_decay:g} per step; float32" if average else "float32"
+    write_atomically(card, _card(recipe, checkpoint, loading, weights, kind, _last_metrics(folder)))
     return Export(weights, card)
 
 
-def student_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The backbone's parameters (float32) and buffers by the architecture's own names."""
-    pieces = Pieces(checkpoint)
+def student_tensors(checkpoint: Checkpoint, *, average: bool = False) -> dict[str, Tensor]:
+    """The backbone's parameters (float32) and buffers by the architecture's own names; with ``average`` the
+    moving average of the parameters. Raises ``RunError`` where there is none."""
+    pieces, kind = Pieces(checkpoint), kind_of_weights(checkpoint, average=average)
     names = [name for name in checkpoint.manifest["parameters"] if name.startswith(BACKBONE)]
-    tensors = {name.removeprefix(BACKBONE): pieces.whole("master", name) for name in names}
+    tensors = {name.removeprefix(BACKBONE): pieces.whole(kind, name) for name in names}
     buffers = {name: value for name, value in pieces.buffers().items() if name.startswith(BACKBONE)}
     return tensors | {name.removeprefix(BACKBONE): value.contiguous() for name, value in buffers.items()}
 
@@ -82,11 +86,14 @@ def choose(folder: RunFolder, step: int | None) -> Checkpoint:
     return wanted
 
 
-def _metadata(recipe: Recipe, checkpoint: Checkpoint, loading: dict[str, Any]) -> dict[str, str]:
+def _metadata(
+    recipe: Recipe, checkpoint: Checkpoint, loading: dict[str, Any], *, average: bool
+) -> dict[str, str]:
     return {
         "format": "pt",
         "fd_scale": __version__,
         "step": str(checkpoint.step),
+        "weights": "average" if average else "raw",
         "student": json.dumps(recipe.student.model_dump(mode="json")),
         "loading": json.dumps(loading),
     }
@@ -100,7 +107,12 @@ def _last_metrics(folder: RunFolder) -> dict[str, Any]:
 
 
 def _card(
-    recipe: Recipe, checkpoint: Checkpoint, loading: dict[str, Any], weights: Path, metrics: dict[str, Any]
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    loading: dict[str, Any],
+    weights: Path,
+    kind: str,
+    metrics: dict[str, Any],
 ) -> str:
     facts = checkpoint.facts
     rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(metrics.items()))
@@ -115,7 +127,7 @@ A `{recipe.student.architecture}` student, distilled from `{recipe.teacher.archi
 ```
 
 Input: {recipe.student.input_size} px, normalised with ImageNet's mean and standard deviation.
-Weights: float32.
+Weights: {kind}.
 
 ## Teacher
 

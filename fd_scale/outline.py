@@ -112,6 +112,7 @@ def _optimizer_rows(recipe: Recipe, student: Student) -> Iterator[tuple[str, str
         total = sum(parameter.numel() for parameter in group["params"])
         contents = f"{len(group['params'])} tensors, {total:,} parameters"
         yield f"group {group['name']}", f"{contents}, weight decay {group['weight_decay']:g}"
+    yield "EMA", "none" if optim.average_decay is None else f"decay {optim.average_decay:g} per step"
     yield "clip", "none" if optim.clip_norm is None else f"global L2 norm {optim.clip_norm:g}"
 
 

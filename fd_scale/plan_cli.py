@@ -45,7 +45,6 @@ DiskOption = Annotated[float, typer.Option("--disk", min=0.001, help="Rate of a 
 DecodeOption = Annotated[
     float, typer.Option("--decode-rate", min=0.001, help="Images/s that one CPU core decodes.")
 ]
-EmaOption = Annotated[bool, typer.Option("--ema", help="With a float32 average of the weights.")]
 
 
 def plan(
@@ -63,7 +62,6 @@ def plan(
     price_kwh: float | None,
     disk: float,
     decode_rate: float,
-    ema: bool,
 ) -> None:
     """Count the recipe, and print the plan for the machines that the words name."""
     from dataclasses import replace
@@ -91,7 +89,7 @@ def plan(
         return
     cluster = _cluster(sbatch, gpus, chosen, gpus_per_node)
     prices = Prices(price_gpu_hour, price_kwh, disk_gb_s=disk, decode_images_per_core_s=decode_rate)
-    found = foretell.foretell(foretell.survey(asked), cluster, prices=prices, ema=ema)
+    found = foretell.foretell(foretell.survey(asked), cluster, prices=prices)
     if picture is not None:
         from fd_scale.plan.picture import draw_memory
 

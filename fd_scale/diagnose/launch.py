@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -15,6 +14,7 @@ from fd_scale.diagnose.subjects import DiagnoseError
 from fd_scale.diagnose.teller import Teller
 from fd_scale.engine.checkpoint import committed
 from fd_scale.errors import RunError, UserError
+from fd_scale.evaluate.source import run_and_average
 from fd_scale.run.folder import RunFolder
 from fd_scale.run.world import World
 
@@ -48,11 +48,12 @@ def watch(request: Request, world: World, *, teller: Teller, every_s: float = LI
 
     Raises ``DiagnoseError`` where there is no run, or where a step was chosen.
     """
-    if request.step is not None or not Path(request.target).is_dir():
+    path, _ = run_and_average(request.target)
+    if request.step is not None or not path.is_dir():
         raise DiagnoseError(
             f"--live follows a run's newest checkpoint, not {request.target} at a step or file"
         )
-    folder = RunFolder.at(request.target)
+    folder = RunFolder.at(path)
     last_step = folder.read_recipe().steps
     shown: Sign | None = None
     while True:

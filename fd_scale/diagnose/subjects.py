@@ -1,7 +1,8 @@
 """Which network is meant, where does it come from, and what is it set against?
 
-A network is named as a run directory (the student of its newest checkpoint), as a file of ``fd-scale
-export``, or as ``timm:NAME[.TAG][=WEIGHTS]``; beside a run, ``teacher`` is the run's own. All come to a
+A network is named as a run directory (the student of its newest checkpoint; ``RUN#ema``: the average of its
+weights), as a file of ``fd-scale export``, or as ``timm:NAME[.TAG][=WEIGHTS]``; beside a run, ``teacher`` is
+the run's own. All come to a
 ``Subject``: the backbone that evaluation sees, and the module inside it.
 """
 
@@ -17,9 +18,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fd_scale.distill import load_teachers
-from fd_scale.engine.checkpoint import Checkpoint, Pieces, committed, faults
+from fd_scale.engine.checkpoint import Checkpoint, Pieces, committed, faults, kind_of_weights
 from fd_scale.errors import RunError, UserError
 from fd_scale.evaluate.backbone import Backbone, of_student, of_teacher
+from fd_scale.evaluate.source import run_and_average
 from fd_scale.export import load_student
 from fd_scale.objective.losses import Objective
 from fd_scale.pixels import normalise
@@ -109,6 +111,8 @@ class Run:
     checkpoint: Checkpoint
     teachers: Sequence[Teacher]
     """Empty where they were not wanted."""
+    average: bool = False
+    """Whether the moving average of the weights is diagnosed, of all its checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +144,8 @@ def load_pair(
     """
     device = torch.device(device)
     run = None
-    if Path(target).is_dir():
-        run = _open_run(Path(target), step, device, with_teacher=against != NONE)
+    if run_and_average(target)[0].is_dir():
+        run = _open_run(target, step, device, with_teacher=against != NONE)
         subject = student_of(run, run.checkpoint, device)
     elif step is not None:
         raise DiagnoseError(f"--step {step} chooses a checkpoint of a run, but {target} is no run directory")
@@ -185,33 +189,35 @@ def student_of(run: Run, checkpoint: Checkpoint | None, device: torch.device) ->
         # Without its teacher there is nothing to project to, and the backbone stands alone.
         student = build_student(recipe, run.teachers)
     if checkpoint is not None:
-        tensors = student_weights(checkpoint)
+        tensors = student_weights(checkpoint, average=run.average)
         wanted = student.state_dict()
         student.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=True)
     student = student.eval().requires_grad_(False).to(device=device)
     step = 0 if checkpoint is None else checkpoint.step
+    averaged = " (EMA)" if run.average and checkpoint is not None else ""
     distillation = None
     if run.teachers:
         guests = [Guest(teacher, recipe.objective) for teacher in run.teachers]
         distillation = Distillation(student, guests, Objective(recipe.objective))
     return Subject(
-        name=f"student, step {step:,}",
-        origin=f"{recipe.student.architecture}, {run.folder.path.name}, step {step:,} of {recipe.steps:,}",
+        name=f"student{averaged}, step {step:,}",
+        origin=f"{recipe.student.architecture}, {run.folder.path.name}, step {step:,} of {recipe.steps:,}"
+        f"{averaged}",
         backbone=of_student(student, name=recipe.student.architecture),
         network=student.backbone,
         distillation=distillation,
     )
 
 
-def student_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Parameters (float32) and buffers of backbone and projectors, by the student's own names."""
-    pieces = Pieces(checkpoint)
-    return {
-        name: pieces.whole("master", name) for name in checkpoint.manifest["parameters"]
-    } | pieces.buffers()
+def student_weights(checkpoint: Checkpoint, *, average: bool = False) -> dict[str, Tensor]:
+    """Parameters (float32; with ``average`` their moving average) and buffers of backbone and projectors, by
+    the student's own names."""
+    pieces, kind = Pieces(checkpoint), kind_of_weights(checkpoint, average=average)
+    return {name: pieces.whole(kind, name) for name in checkpoint.manifest["parameters"]} | pieces.buffers()
 
 
-def _open_run(path: Path, step: int | None, device: torch.device, *, with_teacher: bool) -> Run:
+def _open_run(text: str, step: int | None, device: torch.device, *, with_teacher: bool) -> Run:
+    path, average = run_and_average(text)
     folder = RunFolder.at(path)
     recipe = folder.read_recipe()
     checkpoint = newest_checkpoint(folder, step)
@@ -219,7 +225,7 @@ def _open_run(path: Path, step: int | None, device: torch.device, *, with_teache
     differing = difference(checkpoint.facts["teacher"], teachers[0].fingerprint) if teachers else []
     if differing:
         raise RunError(f"{checkpoint.path} was made with another teacher: {'; '.join(differing)}")
-    return Run(folder, recipe, checkpoint, teachers)
+    return Run(folder, recipe, checkpoint, teachers, average)
 
 
 def _of_teacher(teacher: Teacher, device: torch.device) -> Subject:
@@ -231,8 +237,8 @@ def _named(text: str, device: torch.device) -> Subject:
     if text.startswith(TIMM):
         return _of_timm(text.removeprefix(TIMM), device)
     path = Path(text)
-    if path.is_dir():
-        run = _open_run(path, None, device, with_teacher=False)
+    if run_and_average(text)[0].is_dir():
+        run = _open_run(text, None, device, with_teacher=False)
         return student_of(run, run.checkpoint, device)
     if path.is_file():
         return _of_export(path, device)

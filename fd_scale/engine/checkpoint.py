@@ -204,6 +204,19 @@ class Pieces:
         return {name.removeprefix("buffer/"): file.get_tensor(name) for name in names}
 
 
+def kind_of_weights(checkpoint: Checkpoint, *, average: bool) -> str:
+    """The kind of the fragments that hold the weights as they are, or their moving average.
+
+    Raises ``RunError`` where there is no average.
+    """
+    if average and checkpoint.manifest.get("average_decay") is None:
+        raise RunError(
+            f"{checkpoint.path} holds no average of the weights, for its recipe has none "
+            "(optim.average_decay): take the weights themselves"
+        )
+    return AVERAGE if average else MASTER
+
+
 def load(checkpoint: Checkpoint, engine: Engine) -> None:
     """Put a checkpoint into an engine of any world size and ZeRO stage, and move it to the saved step.
     Collective.

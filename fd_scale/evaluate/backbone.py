@@ -35,6 +35,8 @@ CLS = "cls"
 """Pooling by the class token."""
 GAP = "gap"
 """Pooling by the mean patch; class token and registers have no part in it."""
+EMA = "#ema"
+"""After the name of a run: the moving average of its weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +111,11 @@ def of_export(weights: Path, *, name: str | None = None, device: torch.device | 
     )
 
 
-def of_run(run: Path, *, step: int | None = None, device: torch.device | str = "cpu") -> Backbone:
-    """The student of a run's checkpoint (the newest, or of ``step``), read straight from its fragments.
+def of_run(
+    run: Path, *, step: int | None = None, average: bool = False, device: torch.device | str = "cpu"
+) -> Backbone:
+    """The student of a run's checkpoint (the newest, or of ``step``), read straight from its fragments; with
+    ``average`` the moving average of its weights.
 
     Raises ``RunError`` as ``export`` does, and for a run that learnt labels.
     """
@@ -123,12 +128,12 @@ def of_run(run: Path, *, step: int | None = None, device: torch.device | str = "
     spec = folder.read_recipe().student
     checkpoint = choose(folder, step)
     network = build_backbone(spec)
-    network.load_state_dict(student_tensors(checkpoint), strict=True)
+    network.load_state_dict(student_tensors(checkpoint, average=average), strict=True)
     network.to(device)
     return _of_network(
         network,
         map_form(network, spec),
-        name=f"{folder.path.resolve().name}@{checkpoint.step}",
+        name=f"{folder.path.resolve().name}{EMA * average}@{checkpoint.step}",
         input_size=spec.input_size,
         architecture=spec.architecture,
     )

@@ -1,6 +1,7 @@
 """Which network does the user mean? One word on the command line becomes a backbone.
 
     runs/fd_clip_vitb16-3fa91c07             the student of a run's newest checkpoint, or of --step
+    runs/fd_clip_vitb16-3fa91c07#ema         the same with the moving average of its weights
     runs/fd_clip_vitb16-3fa91c07#teacher     the teacher that this run learns from
     step-00012000.safetensors                a file of ``fd-scale export``
     timm:vit_base_patch16_224.dino           any network of timm, with a tag of its hub
@@ -20,7 +21,7 @@ from typing import get_args
 import torch
 
 from fd_scale.errors import RunError, UserError, near_misses
-from fd_scale.evaluate.backbone import Backbone, of_export, of_run, of_teacher
+from fd_scale.evaluate.backbone import EMA, Backbone, of_export, of_run, of_teacher
 from fd_scale.run import recipe as recipes
 from fd_scale.run.folder import RunFolder
 from fd_scale.teachers import load
@@ -49,7 +50,13 @@ def open_source(
         return replace(of_teacher(taught, device), name=label(text))
     if text.endswith(SUFFIX):
         return of_export(Path(text), device=device)
-    return of_run(run_folder(Path(text)).path, step=step, device=device)
+    path, average = run_and_average(text)
+    return of_run(run_folder(path).path, step=step, average=average, device=device)
+
+
+def run_and_average(text: str) -> tuple[Path, bool]:
+    """The path of a run in a word, and whether the average of its weights is meant."""
+    return Path(text.removesuffix(EMA)), text.endswith(EMA)
 
 
 def run_folder(path: Path) -> RunFolder:
@@ -58,15 +65,16 @@ def run_folder(path: Path) -> RunFolder:
         return RunFolder.at(path)
     except RunError as error:
         raise SourceError(
-            f"{error}; a network is a run directory, its teacher (RUN{TEACHER}), a file of `fd-scale "
-            f"export`, or LIBRARY:NAME@WEIGHTS with one of {', '.join(LIBRARIES)}"
+            f"{error}; a network is a run directory, the average of its weights (RUN{EMA}), its teacher "
+            f"(RUN{TEACHER}), a file of `fd-scale export`, or LIBRARY:NAME@WEIGHTS with one of "
+            f"{', '.join(LIBRARIES)}"
         ) from None
 
 
 def reports_of(text: str) -> Path:
     """Where records about a network belong: the reports of the run that ``text`` names or lies in, or
     ``reports`` here."""
-    path = Path(text.removesuffix(TEACHER))
+    path = Path(text.removesuffix(TEACHER).removesuffix(EMA))
     for folder in (path, *path.parents[:2]):
         if (folder / "recipe.json").is_file():
             return RunFolder.at(folder).reports

@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fd_scale.engine.checkpoint import AVERAGE, MASTER, Checkpoint, Pieces
+from fd_scale.engine.checkpoint import Checkpoint, Pieces, kind_of_weights
 from fd_scale.errors import RunError
+from fd_scale.evaluate.backbone import EMA
 from fd_scale.evaluate.source import (
     SUFFIX,
     LibraryNetwork,
@@ -25,6 +26,7 @@ from fd_scale.evaluate.source import (
     label,
     library_network,
     refuse_unused,
+    run_and_average,
     run_folder,
 )
 from fd_scale.export import choose, load_student, student_tensors
@@ -112,20 +114,20 @@ def find(start: Start) -> Weights:
         network = load_student(Path(text))
         spec = recipes.Student.model_validate_json(metadata["student"])
         return Weights(spec, dict(network.state_dict()), label(text))
-    folder = run_folder(Path(text))
+    path, average = run_and_average(text)
+    average = average or start.weights == "average"
+    folder = run_folder(path)
     checkpoint = choose(folder, start.step)
+    name = label(f"{path}{EMA * average}", checkpoint.step)
     if (tuned := transfer.of_run(folder.path)) is None:
-        _refuse_average(start)
         spec = folder.read_recipe().student
-        return Weights(spec, student_tensors(checkpoint), label(text, checkpoint.step))
-    return _of_tuned(tuned, checkpoint, start)
+        return Weights(spec, student_tensors(checkpoint, average=average), name)
+    return _of_tuned(tuned, checkpoint, name, average=average)
 
 
 def _refuse_average(start: Start) -> None:
     if start.weights == "average":
-        raise SourceError(
-            f"start.weights='average' is for fine-tuned runs, and {start.network} is none: set raw"
-        )
+        raise SourceError(f"start.weights='average' is for runs, and {start.network} is none: set raw")
 
 
 def _of_library(asked: LibraryNetwork, text: str) -> Weights:
@@ -152,14 +154,12 @@ def _of_library(asked: LibraryNetwork, text: str) -> Weights:
     return Weights(recipes.Student.model_validate(values), tensors, label(text), taught.mean, taught.std)
 
 
-def _of_tuned(tuned: transfer.TransferRecipe, checkpoint: Checkpoint, start: Start) -> Weights:
+def _of_tuned(tuned: transfer.TransferRecipe, checkpoint: Checkpoint, name: str, *, average: bool) -> Weights:
     """The network of a fine-tuned run: where it started from, with what was trained laid over it."""
-    begun, kind = prepare(tuned.start), start.weights
-    if kind == "average" and checkpoint.manifest.get("average_decay") is None:
-        raise RunError(f"{checkpoint.path} holds no average of the weights: set start.weights=raw")
+    kind, begun = kind_of_weights(checkpoint, average=average), prepare(tuned.start)
     pieces = Pieces(checkpoint)
     names = [n for n in checkpoint.manifest["parameters"] if n.startswith((NETWORK, HEAD))]
-    trained = {n: pieces.whole(AVERAGE if kind == "average" else MASTER, n) for n in names}
+    trained = {n: pieces.whole(kind, n) for n in names}
     tensors = dict(begun.network.state_dict())
     tensors |= {n.removeprefix(NETWORK): t for n, t in trained.items() if n.startswith(NETWORK)}
     head = {n.removeprefix(HEAD): t for n, t in trained.items() if n.startswith(HEAD)}
@@ -167,7 +167,7 @@ def _of_tuned(tuned: transfer.TransferRecipe, checkpoint: Checkpoint, start: Sta
     return Weights(
         begun.spec,
         tensors,
-        label(start.network, checkpoint.step),
+        name,
         begun.mean,
         begun.std,
         tuple(classes),

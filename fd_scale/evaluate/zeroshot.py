@@ -29,11 +29,19 @@ from torch import Tensor, nn
 
 from fd_scale.data.index import ShardSet
 from fd_scale.data.loader import evaluation_batches
-from fd_scale.engine.checkpoint import MASTER, Pieces
+from fd_scale.engine.checkpoint import Pieces, kind_of_weights
 from fd_scale.evaluate import accuracy
+from fd_scale.evaluate.backbone import EMA
 from fd_scale.evaluate.features import EvaluationError, data_record
 from fd_scale.evaluate.record import Record, table, write_all
-from fd_scale.evaluate.source import SourceError, label, library_network, reports_of, run_folder
+from fd_scale.evaluate.source import (
+    SourceError,
+    label,
+    library_network,
+    reports_of,
+    run_and_average,
+    run_folder,
+)
 from fd_scale.export import choose
 from fd_scale.objective.targets import has_class_token
 from fd_scale.pixels import normalise
@@ -139,8 +147,8 @@ class ClipStudent:
         return self.student(pixels)[0][:, 0]
 
 
-def clip_student(run: Path, *, step: int | None, device: torch.device) -> ClipStudent:
-    """The student of a run with its first projector.
+def clip_student(run: Path, *, step: int | None, device: torch.device, average: bool = False) -> ClipStudent:
+    """The student of a run with its first projector; with ``average`` the moving average of its weights.
 
     Raises ``EvaluationError`` for a recipe that regressed no class token, and the errors of runs.
     """
@@ -156,10 +164,11 @@ def clip_student(run: Path, *, step: int | None, device: torch.device) -> ClipSt
     student = build_student(recipe, [teacher])
     checkpoint = choose(folder, step)
     pieces = Pieces(checkpoint)
-    state = {name: pieces.whole(MASTER, name) for name in checkpoint.manifest["parameters"]}
+    kind = kind_of_weights(checkpoint, average=average)
+    state = {name: pieces.whole(kind, name) for name in checkpoint.manifest["parameters"]}
     student.load_state_dict(state | pieces.buffers())
     record = fingerprint(state, run=folder.path.resolve().name, input_size=student.input_size)
-    name = label(str(run), checkpoint.step)
+    name = label(f"{run}{EMA * average}", checkpoint.step)
     return ClipStudent(student.eval().to(device), teacher, name, record)
 
 
@@ -341,7 +350,9 @@ def _asked(
         return text, fingerprint(visual, clip=text), tower.input_size, {"clip": tower.embed}
     if library_network(text) is not None:
         raise SourceError(f"{text} has no text tower: zero-shot is for open_clip:NAME@WEIGHTS and for runs")
-    student = world.together(partial(clip_student, Path(text), step=step, device=world.device))
+    run, average = run_and_average(text)
+    opened = partial(clip_student, run, step=step, average=average, device=world.device)
+    student = world.together(opened)
     modes = embeddings(student, tower, fit, world)
     return student.name, student.record, student.student.input_size, modes
 

@@ -90,13 +90,12 @@ def foretell(
     *,
     assumed: Assumptions | None = None,
     prices: Prices | None = None,
-    ema: bool = False,
 ) -> Plan:
     """The plan for a cluster. Raises ``ScaleError`` where the global batch cannot be shared."""
     assumed, prices = assumed or Assumptions(), prices or Prices()
     recipe, shapes = counted.recipe, counted.shapes
     resolved = scale.resolve(counted.scale, recipe, cluster.num_gpus)
-    layout = Layout.of(resolved, cluster.num_gpus, ema=ema)
+    layout = Layout.of(resolved, cluster.num_gpus)
     asked = advice.judge(layout, shapes, cluster, assumed)
     found = list(advice.choices(counted.scale, recipe, shapes, cluster, assumed))
     return Plan(
@@ -107,7 +106,7 @@ def foretell(
         asked=asked,
         fits=advice.fits(asked, cluster),
         largest_micro_batch=advice.largest_micro_batch(layout, shapes, cluster, assumed),
-        cost=cost(recipe, cluster, asked.time.total_s, shapes.sizes.student, prices, ema=ema),
+        cost=cost(recipe, cluster, asked.time.total_s, shapes.sizes.student, prices, ema=layout.ema),
         best=advice.best(found),
     )
 

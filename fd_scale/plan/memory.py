@@ -69,7 +69,7 @@ class Layout:
     """A float32 moving average of the weights, sharded like the master weights."""
 
     @classmethod
-    def of(cls, resolved: Resolved, world: int, *, ema: bool = False) -> Layout:
+    def of(cls, resolved: Resolved, world: int) -> Layout:
         """The layout that a resolved scale gives."""
         config = resolved.ds_config
         types, bf16 = config.get("data_types", {}), resolved.bf16
@@ -85,7 +85,7 @@ class Layout:
             communicates_fp32=not bf16 or config.get("communication_data_type") == "fp32",
             immediate=bool(config.get("bf16", {}).get("immediate_grad_update", False)),
             teacher=resolved.teacher,
-            ema=ema,
+            ema=resolved.averages,
         )
 
     @property
@@ -186,7 +186,7 @@ def memory(layout: Layout, sizes: Sizes, trace: Trace, device: Device) -> Memory
     if layout.teacher == "auto":
         raise ValueError("whether the teacher is whole or in shares is not decided yet (plan.placement)")
     held = _held(layout, sizes)
-    on_host = {MASTER, MOMENTS, ACCUMULATED} if layout.offloads_optimizer else set()
+    on_host = {MASTER, MOMENTS, ACCUMULATED, EMA} if layout.offloads_optimizer else set()
     on_host |= {WEIGHTS} if layout.offloads_parameters else set()
     on_device = Counter({name: size for name, size in held.items() if name not in on_host})
     if device == "cuda":

@@ -70,6 +70,8 @@ class Resolved:
     decided."""
     compile: bool = False
     """Whether the blocks of student and teacher are compiled."""
+    averages: bool = False
+    """Whether a float32 moving average of the weights is kept beside them (the recipe's)."""
 
     @property
     def own(self) -> dict[str, Any]:
@@ -141,6 +143,7 @@ def resolve(scale: Scale, recipe: RunRecipe, world_size: int) -> Resolved:
         granularity=scale.granularity,
         teacher=scale.teacher,
         compile=scale.compile,
+        averages=recipe.optim.average_decay is not None,
     )
 
 

@@ -146,6 +146,9 @@ class Optim(Section):
     """Whether relative position tables are decayed (the released code does; FT-CLIP does not)."""
     clip_norm: PositiveFloat | None = 3.0
     """Largest global L2 norm of the gradient; ``null`` for no clip."""
+    average_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of a moving average of the weights (EMA), kept beside them in float32; ``null`` for
+    none. Fine-tuning measures the average; a distillation exports it too, and evaluates it as ``RUN#ema``."""
 
 
 class Schedule(Section):

@@ -29,7 +29,7 @@ class Start(Section):
     step: int | None = None
     """Step of a run's checkpoint; ``null`` for the newest."""
     weights: Literal["raw", "average"] = "raw"
-    """Of a run that averages its weights: the last ones, or their average."""
+    """Of a run that averages its weights: the last ones, or their average (as ``RUN#ema``)."""
     input_size: PositiveInt | None = None
     """Side of the square input, pixels; ``null`` takes the network's own. Positions are interpolated."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
@@ -90,8 +90,6 @@ class TransferOptim(Optim):
     scaled_floor: bool = True
     """Whether first and last learning rate are scaled by layer too (the released code leaves them as they
     are, so that early layers of a ViT-L rise in the decay)."""
-    average_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay per step of a moving average of the weights (EMA), which is then what is measured."""
 
 
 class Measure(Section):
@@ -146,6 +144,8 @@ class TransferRecipe(RunRecipe):
                 "a linear probe has crop and flip alone: set augment.randaug=null, augment.erase=0, "
                 "augment.mixup=0 and augment.cutmix=0"
             )
+        if self.task == "linear" and self.optim.average_decay is not None:
+            raise ValueError("a linear probe measures its last weights: set optim.average_decay=null")
         if self.task == "finetune" and self.optim.algorithm == "lars":
             raise ValueError("optim.algorithm='lars' is for linear probes: set adamw")
         return self

@@ -25,6 +25,7 @@ CHANGES = {
     "schedule.images": 48,
     "schedule.warmup_images": 8,
     "global_batch": 8,
+    "optim.average_decay": 0.8,
     "run.log_every_steps": 1,
     "run.save_every_steps": 2,
     "run.keep_last": 3,

@@ -15,8 +15,11 @@ from fd_scale.data.index import ShardSet
 from fd_scale.diagnose.images import Images
 from fd_scale.diagnose.subjects import DiagnoseError, Pair, load_pair, newest_checkpoint, student_of
 from fd_scale.errors import RunError, UserError
+from fd_scale.evaluate.source import open_source
+from fd_scale.evaluate.start import find
 from fd_scale.export import export, load_student
 from fd_scale.run.folder import RunFolder
+from fd_scale.run.transfer import Start
 from fd_scale.student import build_student
 from tests.diagnose.tiny import ALONE, pixels
 
@@ -45,6 +48,28 @@ def test_a_step_of_a_run(run: Path) -> None:
     assert found.subject.distillation is None
     with pytest.raises(RunError, match=r"no checkpoint of step 5; it has 2, 4, 6 \(--step\)"):
         load_pair(str(run), None, step=5)
+
+
+def test_the_average_of_a_runs_weights_by_every_name(run: Path) -> None:
+    written = export(run, step=4, average=True)
+    assert written.weights.name == "step-00000004-ema.safetensors"
+    assert "moving average, decay 0.8 per step" in written.card.read_text()
+    expected = load_student(written.weights).state_dict()
+    raw = load_student(export(run, step=4).weights).state_dict()
+    assert any(not torch.equal(raw[name], tensor) for name, tensor in expected.items())
+    pair = load_pair(f"{run}#ema", str(run), step=4)
+    assert [subject.name for subject in pair.both] == ["student, step 6", "student (EMA), step 4"]
+    seen = pair.subject.network.state_dict()
+    assert all(torch.equal(seen[name], tensor) for name, tensor in expected.items())
+    source = open_source(f"{run}#ema", step=4)
+    assert source.name == f"{run.name}#ema@4"
+    assert torch.equal(
+        source.tokens(pixels(1)).tokens_BND, pair.subject.backbone.tokens(pixels(1)).tokens_BND
+    )
+    for start in (Start(network=f"{run}#ema", step=4), Start(network=str(run), weights="average", step=4)):
+        found = find(start)
+        assert found.label == source.name
+        assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.items())
 
 
 def test_the_beginning_of_a_run_is_made_again_from_its_seed(pair: Pair) -> None:

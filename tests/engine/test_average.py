@@ -71,8 +71,13 @@ def averaged(world: World, folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return spawn(averaged, 2, str(tmp_path_factory.mktemp("average")))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("average")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    return spawn(averaged, 2, str(folder))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=Setting.label)
@@ -85,6 +90,32 @@ def test_it_is_the_average_of_the_float32_weights(setting: Setting, found: list[
         assert result["resumed"]
         network = dict(Network(setting).named_parameters())
         assert result["whole"] == {name: p.shape for name, p in network.items()}
+
+
+def elsewhere(world: World, folder: str) -> dict[str, bool]:
+    """Whether one process takes up what two saved, by another stage."""
+    results = {}
+    for setting in SETTINGS:
+        found = checkpoint.newest(Path(folder) / f"saved-{setting.label()}", world, print)
+        assert found is not None
+        other = Setting(3 if setting.stage == 0 else 0, bf16=setting.bf16)
+        engine, _ = make(world, other, folder, average_decay=DECAY)
+        checkpoint.load(found, engine)
+        assert engine.average is not None
+        pieces = Pieces(found)
+        results[setting.label()] = all(
+            torch.equal(value, pieces.whole(AVERAGE, name).flatten())
+            for name, value in engine.average.values.items()
+        )
+        engine.deepspeed.destroy()
+    return results
+
+
+def test_it_goes_on_with_another_number_of_processes_and_stage(
+    folder: Path, found: list[dict[str, Any]]
+) -> None:
+    (results,) = spawn(elsewhere, 1, str(folder))
+    assert results == dict.fromkeys(map(Setting.label, SETTINGS), True)
 
 
 def lars_interrupted(world: World, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -178,7 +178,7 @@ def test_a_second_stage_begins_at_the_first_one(data: Path, tmp_path: Path) -> N
     assert torch.equal(averaged.network.state_dict()[name], pieces.whole(AVERAGE, f"network.{name}"))
     manifest = pieces.checkpoint.path / "manifest.json"
     manifest.write_text(json.dumps(pieces.checkpoint.manifest | {"average_decay": None}))
-    with pytest.raises(RunError, match=r"holds no average of the weights: set start.weights=raw"):
+    with pytest.raises(RunError, match=r"holds no average of the weights, for its recipe has none"):
         prepare(second.start.model_copy(update={"weights": "average"}))
     larger = prepare(second.start.model_copy(update={"input_size": 48}))
     assert larger.network(torch.zeros(1, 3, 48, 48)).shape[1] == 1 + 9

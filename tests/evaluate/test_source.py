@@ -43,7 +43,7 @@ def test_choices_that_a_network_does_not_have_are_refused(tmp_path):
     (tmp_path / "recipe.json").write_text(presets.recipe_of("fd_base").to_json())
     with pytest.raises(RunError, match="is a fine-tuning or a probe: measure it by its own task"):
         open_source(str(tmp_path))
-    with pytest.raises(SourceError, match=r"start.weights='average' is for fine-tuned runs"):
+    with pytest.raises(SourceError, match=r"start.weights='average' is for runs, and timm"):
         find(Start(network="timm:test_vit@random", weights="average"))
 
 
@@ -51,6 +51,11 @@ def test_records_go_to_the_run_that_they_are_about(tmp_path):
     run = tmp_path / "runs" / "demo-00000000"
     (run / "exports").mkdir(parents=True)
     (run / "recipe.json").write_text("{}")
-    for text in (str(run), f"{run}#teacher", str(run / "exports" / "step-00000001.safetensors")):
+    for text in (
+        str(run),
+        f"{run}#ema",
+        f"{run}#teacher",
+        str(run / "exports" / "step-00000001.safetensors"),
+    ):
         assert reports_of(text) == run / "reports"
     assert str(reports_of("timm:test_vit@random")) == "reports"

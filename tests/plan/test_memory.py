@@ -149,3 +149,5 @@ def test_a_sharded_teacher_and_an_offloaded_optimizer() -> None:
     assert offloaded.host_bytes == 16 * SIZES.student // 8
     assert "Adam moments" not in offloaded.moments[0].parts
     assert offloaded.needed_bytes > 1.5 * GIB
+    averaged = memory(replace(away, ema=True), SIZES, trace(), "cuda")
+    assert averaged.host_bytes - offloaded.host_bytes == 4 * SIZES.student // 8

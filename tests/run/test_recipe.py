@@ -52,7 +52,7 @@ def test_defaults_are_those_of_the_papers(recipe):
     [
         (
             "optim.weight_dacay=0",
-            "unknown recipe field 'optim.weight_dacay'; did you mean weight_decay? (fields",
+            "unknown recipe field 'optim.weight_dacay'; did you mean weight_decay, average_decay? (fields",
         ),
         ("studnet.input_size=64", "unknown recipe field 'studnet.input_size'; did you mean student"),
         ("objective.cls_wieght=1", "did you mean cls_weight"),
@@ -199,6 +199,7 @@ CHANGES = {
     "optim.weight_decay": 0.1,
     "optim.decay_position": False,
     "optim.clip_norm": None,
+    "optim.average_decay": 0.999,
     "schedule.images": 100 * 1_281_167,
     "schedule.warmup_images": 0,
     "schedule.warmup_lr": 0.0,

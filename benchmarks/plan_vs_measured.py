@@ -1,18 +1,22 @@
 """Does a run take the memory and the time that its plan foretold?
 
-    python -m benchmarks.plan_vs_measured [--case vitb --case swinv2g ...] [--steps 6]
+    python -m benchmarks.plan_vs_measured [--cpu] [--case vitb --case swinv2g ...] [--steps 6]
 
-Each case runs in a process of its own: random weights, synthetic pixels, the engine, teacher and loss of a
-real run, one process. On a GPU the peak is the one of PyTorch's allocator
-(``torch.cuda.max_memory_allocated``), on a CPU that of its CPU allocator, which
-the profiler records: unlike the plan's count it also sees what operations take inside, and DeepSpeed.
-SwinV2-G is run with and without recomputation, and through ZeRO-3 and ZeRO-1, whose times give a ratio.
-Writes results/plan_vs_measured-DEVICE.json.
+Each case is random weights, synthetic pixels, and the engine, teacher and loss of a real run. On a GPU a case
+is one process; the peak is that of PyTorch's allocator (``torch.cuda.max_memory_allocated``), and SwinV2-G
+runs with and without recomputation, and through ZeRO-3 and ZeRO-1, whose times give a ratio. ``--cpu`` has
+small networks instead, in float32, on one process and on two: every stage, sharded teachers, offload,
+two-level shards, averages and granular recomputation. There the peak is that of PyTorch's CPU allocator,
+which the profiler records: unlike the plan's count it also sees what operations take inside, and DeepSpeed.
+
+Writes results/plan_vs_measured-DEVICE.json, anew after every case. A case that fails says why, and leaves the
+others alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import gc
 import json
 import multiprocessing
@@ -20,97 +24,28 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.plan_cases import CPU_CASES, GPU_CASES, Case
 from fd_scale.distill import load_teachers, seeded_student
 from fd_scale.engine.zero import Engine
 from fd_scale.objective import Objective
 from fd_scale.plan.memory import Layout, Memory, Sizes, memory, sharding
 from fd_scale.plan.trace import Networks
-from fd_scale.run import recipes, scale
-from fd_scale.run.recipe import Recipe, derive
-from fd_scale.run.world import World
+from fd_scale.run.world import World, free_port
 from fd_scale.teachers import Guest
+from fd_scale.teachers.sharded import placed
 
-MARK = "the step that is measured"
+MARK = "a step that is measured"
 SLACK = 0.05
 """Share by which a measured peak may differ from the planned one."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run: a recipe with changes, on a scale that is written here."""
-
-    name: str
-    recipe: str
-    changes: dict[str, Any]
-    micro_batch: int
-    zero: dict[str, Any]
-    bf16: bool = True
-    recompute: bool = False
-    accumulation: int = 1
-    more: dict[str, Any] = field(default_factory=dict)
-    """Further keys of the scale."""
-
-    def scale(self) -> dict[str, Any]:
-        """The scale file's content."""
-        values: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": self.micro_batch,
-            "zero_optimization": self.zero,
-            "fd_scale": {"activation_checkpointing": self.recompute},
-            **self.more,
-        }
-        if self.bf16:
-            values["bf16"] = {"enabled": True}
-            if self.zero["stage"] > 0:
-                values["data_types"] = {"grad_accum_dtype": "fp32"}
-        return values
-
-    def build(self, folder: Path, world: int) -> tuple[Recipe, scale.Resolved]:
-        """Recipe and resolved scale for so many processes."""
-        path = folder / f"{self.name}.json"
-        path.write_text(json.dumps(self.scale()))
-        batch = self.micro_batch * self.accumulation * world
-        changes = {
-            "global_batch": batch,
-            "scale": str(path),
-            "schedule.images": 100 * batch,
-            "schedule.warmup_images": 0,
-            "teacher.weights": "random",
-            **self.changes,
-        }
-        recipe = derive(recipes.get(self.recipe), **changes)
-        return recipe, scale.resolve(scale.load(str(path)), recipe, world)
-
-
-ZERO_1 = {"stage": 1, "overlap_comm": False, "reduce_bucket_size": 50_000_000}
-ZERO_3 = {
-    "stage": 3,
-    "overlap_comm": True,
-    "reduce_bucket_size": 200_000_000,
-    "stage3_prefetch_bucket_size": 100_000_000,
-    "stage3_param_persistence_threshold": 1_000_000,
-}
-OFF = {"student.drop_path": 0.0}
-SWIN_B = {
-    "student.architecture": "swinv2_base",
-    "teacher.architecture": "swinv2_base",
-    "teacher.arguments": {},
-}
-CASES = (
-    Case("vitb", "fd_clip_vitb16", OFF, 256, ZERO_1),
-    Case("vitl", "fd_clip_vitl14", OFF, 128, ZERO_1),
-    Case("swinv2b", "fd_swinv2g", OFF | SWIN_B, 128, ZERO_1),
-    Case("swinv2g", "fd_swinv2g", OFF, 32, ZERO_1),
-    Case("swinv2g_recompute", "fd_swinv2g", OFF, 64, ZERO_1, recompute=True),
-    Case("swinv2g_zero3", "fd_swinv2g", OFF, 32, ZERO_3),
-)
 
 
 def planned(case: Case, folder: Path, *, world: int, device: Any) -> Memory:
@@ -120,7 +55,7 @@ def planned(case: Case, folder: Path, *, world: int, device: Any) -> Memory:
     layout, sizes = Layout.of(resolved, world), Sizes.of(networks)
     trace = networks.trace(
         case.micro_batch,
-        recompute=case.recompute,
+        recompute=layout.recompute,
         keeps_gradients=layout.keeps_gradients,
         accumulates=layout.gradients_are_there,
         sharding=sharding(layout, sizes, device),
@@ -129,50 +64,57 @@ def planned(case: Case, folder: Path, *, world: int, device: Any) -> Memory:
     return memory(layout, sizes, trace, device)
 
 
+def planned_bytes(plan: Memory, device: str) -> int:
+    """What one process is foretold to take at most; on a CPU what is offloaded to the host lies in the same
+    memory."""
+    return plan.peak_bytes + (plan.host_bytes if device == "cpu" else 0)
+
+
 def measured(world: World, case: Case, folder: str, num_steps: int) -> dict[str, Any]:
-    """Peak bytes of the last of ``num_steps`` steps of a real run on this process, and seconds of each."""
+    """Peak bytes of each step of a real run but the first, on this process, and seconds of each."""
     if world.device.type == "cuda":
-        return _run(world, case, folder, num_steps, lambda: None)
-    begins: list[float] = []
+        return _run(world, case, folder, num_steps, torch.cuda.reset_peak_memory_stats)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
 
         def begin() -> None:
-            begins.append(time.time_ns())
             with torch.profiler.record_function(MARK):
                 torch.empty(0)
 
         found = _run(world, case, folder, num_steps, begin)
-    return found | {"peak_bytes": _profiled_peak(profile)}
+    return found | {"peak_bytes": _profiled_peaks(profile)}
 
 
 def _run(world: World, case: Case, folder: str, num_steps: int, begin: Callable[[], None]) -> dict[str, Any]:
     recipe, resolved = case.build(Path(folder), world.size)
     dtype = torch.bfloat16 if resolved.bf16 else torch.float32
-    teachers = load_teachers(recipe, world.device, dtype)
-    guests = [Guest(teacher, recipe.objective) for teacher in teachers]
+    with world.device:  # three billion random weights are drawn in a minute by a CPU, at once by a GPU
+        teachers = load_teachers(recipe, world.device, dtype)
+        student = seeded_student(recipe, teachers, resolved)
+    guests = [Guest(teacher, recipe.objective) for teacher in placed(teachers, resolved, world)]
+    del teachers
     objective = Objective(recipe.objective)
-    student = seeded_student(recipe, teachers, resolved)
     side = student.input_size
-    engine = Engine(student, recipe, resolved, world)
-    seconds = []
+    engine = Engine(student, recipe, resolved, world, average_decay=recipe.optim.average_decay)
+    is_cuda = world.device.type == "cuda"
+    seconds, peaks = [], []
     for step in range(num_steps):
-        if step == num_steps - 1:
-            gc.collect()  # what building and the first steps left in reference cycles
+        if step:
+            gc.collect()  # what building and the first step left in reference cycles
             begin()
-        if world.device.type == "cuda":
+        if is_cuda:
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         for _ in range(case.accumulation):
             pixels = torch.randint(0, 256, (case.micro_batch, 3, side, side), dtype=torch.uint8)
             _micro_step(engine, guests, objective, pixels.to(world.device))
-        if world.device.type == "cuda":
+        if is_cuda:
             torch.cuda.synchronize()
+            peaks += [torch.cuda.max_memory_allocated()] if step else []
         seconds.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None
-    return {"peak_bytes": peak, "seconds": seconds}
+    engine.deepspeed.destroy()
+    return {"peak_bytes": peaks, "seconds": seconds}
 
 
 def _micro_step(engine: Engine, guests: list[Guest], objective: Objective, pixels: Tensor) -> None:
@@ -184,77 +126,106 @@ def _micro_step(engine: Engine, guests: list[Guest], objective: Objective, pixel
     engine.step(loss)
 
 
-def _profiled_peak(profile: Any) -> int:
-    """The most that lived at once after the last mark, bytes.
+def _profiled_peaks(profile: Any) -> list[int]:
+    """The most that lived at once after each mark and before the next, bytes.
 
     Summed by address: a tensor that gloo's own threads let go of last is freed where the profiler does not
     look, which shows when its address is given out again.
     """
-    events = []
-    mark = 0
-    pending = list(reversed(profile.profiler.kineto_results.experimental_event_tree()))
+    events, marks = [], []
+    pending = list(profile.profiler.kineto_results.experimental_event_tree())
     while pending:
         event = pending.pop()
-        pending += reversed(event.children)
+        pending += event.children
         if event.tag == torch._C._profiler._EventType.Allocation:
             fields = event.extra_fields
             events.append((event.start_time_ns, fields.ptr, fields.alloc_size))
         elif event.name == MARK:
-            mark = max(mark, event.start_time_ns)
+            marks.append(event.start_time_ns)
+    marks.sort()
     live: dict[int, int] = {}
-    total = peak = 0
+    total, peaks = 0, [0] * (1 + len(marks))
     for at, address, size in sorted(events, key=lambda event: event[0]):
         total -= live.pop(address, 0)
         if size > 0:
             live[address] = size
             total += size
-        peak = max(peak, total if at >= mark else 0)
-    return peak
+        interval = bisect.bisect(marks, at)
+        peaks[interval] = max(peaks[interval], total)
+    return peaks[1:]
 
 
-def _in_a_process(case: Case, num_steps: int) -> dict[str, Any]:
-    """A case's figures, from a process that leaves the device empty behind it."""
+def _in_processes(
+    cases: Sequence[Case], num_steps: int, limit_s: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and figures of each case, from processes that leave the device empty behind them. Those that take
+    longer than ``limit_s`` for one case are ended."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(send, case, num_steps))
-    process.start()
+    world, port = cases[0].world, free_port()
+    processes = [
+        context.Process(target=_child, args=(send, rank, world, port, cases, num_steps))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
     send.close()
-    try:
-        found: dict[str, Any] = receive.recv()
-    except EOFError:
-        found = {"failed": f"the process ended with status {process.exitcode}"}
-    process.join()
-    return found
-
-
-def _child(send: Any, case: Case, num_steps: int) -> None:
-    world = World.start()
-    with tempfile.TemporaryDirectory(prefix="fd-plan-") as folder:
-        plan = planned(case, Path(folder), world=1, device=world.device.type)
+    for case in cases:
         try:
-            found = measured(world, case, folder, num_steps)
-        except torch.cuda.OutOfMemoryError as error:
-            found = {"failed": str(error).splitlines()[0]}
-    send.send(summary(case, plan, found, world.device))
+            found = receive.recv() if receive.poll(limit_s) else {"failed": f"no end after {limit_s:g} s"}
+        except EOFError:
+            found = {"failed": "its process ended before it; see what it printed"}
+        yield case.name, found
+    for process in processes:
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+
+
+def _child(send: Any, rank: int, world_size: int, port: int, cases: Sequence[Case], num_steps: int) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}
+    os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # operations take memory per thread
+    world = World.start()
+    for case in cases:
+        with tempfile.TemporaryDirectory(prefix="fd-plan-") as folder:
+            try:
+                plan = planned(case, Path(folder), world=world.size, device=world.device.type)
+                found = summary(case, plan, world.gather(measured(world, case, folder, num_steps)), world)
+            except Exception:
+                found = {"failed": traceback.format_exc()}
+        if world.is_main or "failed" in found:
+            send.send(found)
+        if "failed" in found:
+            break  # the processes no longer agree on what comes next
     send.close()
     os._exit(0)
 
 
-def summary(case: Case, plan: Memory, found: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Plan and measurement side by side, units in the names."""
+def summary(case: Case, plan: Memory, ranks: list[dict[str, Any]], world: World) -> dict[str, Any]:
+    """Plan and measurement side by side, units in the names.
+
+    What threads let go of late adds to the peak of a step, and nothing takes from it: of the steps the least
+    counts, and of the processes the fullest.
+    """
+    device = world.device.type
+    expected = planned_bytes(plan, device)
+    peak = max(min(rank["peak_bytes"]) for rank in ranks)
     result: dict[str, Any] = {
         "case": asdict(case),
-        "device": device.type,
-        "planned_gib": {name: round(size / 2**30, 4) for name, size in plan.fullest.parts.items()},
-        "planned_peak_gib": round(plan.peak_bytes / 2**30, 4),
+        "device": device,
+        "planned_gib": {name: round(size / 2**30, 4) for name, size in plan.fullest.parts.items() if size},
+        "planned_host_gib": round(plan.host_bytes / 2**30, 4),
+        "planned_peak_gib": round(expected / 2**30, 4),
+        "measured_peak_gib": round(peak / 2**30, 4),
+        "measured_over_planned": round(peak / expected, 4),
     }
-    if "failed" in found:
-        return result | found
-    seconds = found["seconds"][1:] or found["seconds"]
+    if device == "cpu":  # the profiler takes most of the time
+        return result
+    seconds = ranks[0]["seconds"][1:]
     images = case.micro_batch * case.accumulation
     return result | {
-        "measured_peak_gib": round(found["peak_bytes"] / 2**30, 4),
-        "measured_over_planned": round(found["peak_bytes"] / plan.peak_bytes, 4),
         "images_per_s": round(images / statistics.median(seconds), 2),
         "step_s": {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)},
     }
@@ -262,21 +233,43 @@ def summary(case: Case, plan: Memory, found: dict[str, Any], device: torch.devic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=[case.name for case in CASES])
-    parser.add_argument("--steps", type=int, default=6, help="steps per case, the first one not timed")
+    parser.add_argument(
+        "--cpu", action="store_true", help="small networks on the CPU (default without a GPU)"
+    )
+    parser.add_argument("--case", action="append", choices=[case.name for case in GPU_CASES + CPU_CASES])
+    parser.add_argument("--steps", type=int, help="steps per case, the first one not measured (6; CPU: 3)")
+    parser.add_argument("--limit", type=float, default=150, help="seconds after which a case is given up")
     asked = parser.parse_args()
+    on_cpu = asked.cpu or not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    cases = [c for c in (CPU_CASES if on_cpu else GPU_CASES) if asked.case is None or c.name in asked.case]
+    if not cases:
+        parser.error(f"--case {' '.join(asked.case)}: not among those for {'a CPU' if on_cpu else 'a GPU'}")
+    steps = asked.steps or (3 if on_cpu else 6)
+    # Imports are most of a small case: on a CPU, whose peaks are counted from a case's own start, those of as
+    # many processes share them.
+    groups = [[c for c in cases if c.world == world] for world in (1, 2)] if on_cpu else [[c] for c in cases]
+    found: dict[str, Any] = {}
+    for group in filter(None, groups):
+        for name, figures in _in_processes(group, steps, asked.limit):
+            found[name] = figures
+            print(name, json.dumps({k: v for k, v in figures.items() if k != "case"}), flush=True)
+            written = _write(found, "cpu" if on_cpu else "cuda")
+    print(written)
+
+
+def _write(found: dict[str, Any], device: str) -> Path:
     from benchmarks import record
 
-    found = {}
-    for case in CASES:
-        if asked.case is None or case.name in asked.case:
-            found[case.name] = _in_a_process(case, asked.steps)
-            print(json.dumps(found[case.name]), flush=True)
-    ratio = None
+    results: dict[str, Any] = {"cases": found}
     if all("images_per_s" in found.get(name, {}) for name in ("swinv2g", "swinv2g_zero3")):
-        ratio = found["swinv2g"]["images_per_s"] / found["swinv2g_zero3"]["images_per_s"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(record.write(f"plan_vs_measured-{device}", {"cases": found, "zero3_time_ratio": ratio}))
+        rates = (found[name]["images_per_s"] for name in ("swinv2g", "swinv2g_zero3"))
+        results["zero3_time_ratio"] = next(rates) / next(rates)
+    ratios = [case["measured_over_planned"] for case in found.values() if "failed" not in case]
+    if ratios:
+        results["worst_measured_over_planned"] = max(ratios, key=lambda ratio: abs(ratio - 1))
+    return record.write(f"plan_vs_measured-{device}", results)
 
 
 if __name__ == "__main__":

@@ -152,12 +152,12 @@ def test_a_run_learns_and_writes_it_down(whole: tuple[Path, str]) -> None:
     (run,) = root.iterdir()
     assert recipes.load(run / "recipe.json").run_name == run.name
     assert json.loads((run / "starts/0001/ds_config.json").read_text())["gradient_accumulation_steps"] == 1
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
     assert "teacher: whole on every process (auto: with it a process needs" in output
     assert json.loads((run / "placement.json").read_text())["teacher"] == "replicate"
     assert (
         json.loads((run / "starts/0001/environment.json").read_text())["fd_scale"]["teacher"] == "replicate"
     )
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
 
 
 def test_the_first_loss_is_that_of_the_definition(

@@ -193,10 +193,10 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "micro": layout.micro_batch,
             "accumulation": layout.accumulation,
             "largest_micro_that_fits": plan.largest_micro_batch,
+        },
         "teacher": {
             "placement": layout.teacher,
             "why": None if plan.asked.decision is None else plan.asked.decision.why,
-        },
         },
         "fits": plan.fits,
         "memory_gib": choice_memory(plan.asked) | {"gpu": cluster.gpu.memory_gib},

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.plan_vs_measured import SLACK, Case, measured, planned
+from benchmarks.plan_cases import Case
+from benchmarks.plan_vs_measured import SLACK, measured, planned
 from fd_scale.plan.memory import GIB, Layout, Sizes, memory
 from fd_scale.plan.trace import Trace
 from fd_scale.run import recipes, scale
@@ -148,6 +149,6 @@ def test_a_sharded_teacher_and_an_offloaded_optimizer() -> None:
     assert whole.host_bytes == 0
     assert offloaded.host_bytes == 16 * SIZES.student // 8
     assert "Adam moments" not in offloaded.moments[0].parts
-    assert offloaded.needed_bytes > 1.5 * GIB
     averaged = memory(replace(away, ema=True), SIZES, trace(), "cuda")
     assert averaged.host_bytes - offloaded.host_bytes == 4 * SIZES.student // 8
+    assert offloaded.needed_bytes > 1.5 * GIB

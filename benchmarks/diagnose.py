@@ -41,7 +41,7 @@ def measure(network: str, num_images: int | None) -> dict[str, Any]:
     """Rows by precision."""
     world = World(Place(0, 1, 0, "single process"))
     kind = world.device.type
-    subject = load_pair(f"timm:{network}=random", None, device=world.device).subject
+    subject = load_pair(f"timm:{network}@random", None, device=world.device).subject
     found = anatomy(subject)
     count = IMAGES[kind] if num_images is None else num_images
     rows = [_row(subject, found, world, count, dtype) for dtype in PRECISIONS[kind]]

@@ -18,8 +18,8 @@ def diagnose(
         str,
         typer.Argument(
             metavar="RUN|WEIGHTS",
-            help="A run directory (the student of its newest checkpoint; RUN#ema: the average of its "
-            "weights), an exported file, or timm:NAME[.TAG][=WEIGHTS].",
+            help="A run directory (its newest checkpoint), the average of its weights (RUN#ema), its teacher "
+            "(RUN#teacher), an exported .safetensors, or LIBRARY:NAME@WEIGHTS, as `evaluate` takes them.",
         ),
     ],
     against: Annotated[
@@ -80,7 +80,8 @@ def diagnose(
         typer.Option(
             "--fine-tuned",
             help="Both networks bring the classifier that they were fine-tuned with on the classes of the "
-            "data (timm:NAME.TAG, timm:NAME=FILE): measure its loss and accuracy, as the papers do.",
+            "data (fine-tuned runs, timm:NAME.TAG, timm:NAME@FILE): measure its loss and accuracy, as the "
+            "papers do.",
         ),
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images at once; changes no number.")] = 32,

@@ -149,13 +149,13 @@ def evaluate(
         raise UserError("--train is missing: labelled shards to learn from")
     if suite is not None or task in FROZEN:
         from fd_scale.evaluate import frozen
-        from fd_scale.evaluate.source import TEACHER, run_and_average
+        from fd_scale.evaluate.naming import EMA, TEACHER
 
         reading = frozen.Reading(crop_pct=crop_pct or 0.875, batch=batch, workers=workers, cache=cache)
         if task is not None:
             frozen.run(task, networks, train, test, reading, out=out, step=step, input_size=input_size)
         else:
-            before = against or f"{run_and_average(networks[0])[0]}{TEACHER}"
+            before = against or f"{networks[0].removesuffix(EMA)}{TEACHER}"
             frozen.run_suite(networks[0], before, train, test, reading, out=out, step=step)
         return
     changes: dict[str, object] = {

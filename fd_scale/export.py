@@ -177,7 +177,10 @@ def load_student(weights: Path) -> torch.nn.Module:
     except FileNotFoundError:
         raise RunError(f"weights file {weights} does not exist") from None
     if "student" not in metadata:
-        raise RunError(f"{weights} was not exported by fd_scale: its metadata names no student")
+        raise RunError(
+            f"{weights} was not exported by fd_scale: its metadata names no student; a file of "
+            f"timm's weights is named timm:NAME@{weights}"
+        )
     backbone = build_backbone(Student.model_validate_json(metadata["student"]))
     backbone.load_state_dict(tensors, strict=True)
     return backbone.eval()

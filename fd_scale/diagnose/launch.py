@@ -14,7 +14,7 @@ from fd_scale.diagnose.subjects import DiagnoseError
 from fd_scale.diagnose.teller import Teller
 from fd_scale.engine.checkpoint import committed
 from fd_scale.errors import RunError, UserError
-from fd_scale.evaluate.source import run_and_average
+from fd_scale.evaluate.naming import DistilledRun, meaning
 from fd_scale.run.folder import RunFolder
 from fd_scale.run.world import World
 
@@ -48,12 +48,12 @@ def watch(request: Request, world: World, *, teller: Teller, every_s: float = LI
 
     Raises ``DiagnoseError`` where there is no run, or where a step was chosen.
     """
-    path, _ = run_and_average(request.target)
-    if request.step is not None or not path.is_dir():
+    followed = meaning(request.target)
+    if request.step is not None or not isinstance(followed, DistilledRun):
         raise DiagnoseError(
             f"--live follows a run's newest checkpoint, not {request.target} at a step or file"
         )
-    folder = RunFolder.at(path)
+    folder = followed.folder
     last_step = folder.read_recipe().steps
     shown: Sign | None = None
     while True:

@@ -1,34 +1,32 @@
-"""Which network is meant, where does it come from, and what is it set against?
+"""Which network is diagnosed, where does it come from, and what is it set against?
 
-A network is named as a run directory (the student of its newest checkpoint; ``RUN#ema``: the average of its
-weights), as a file of ``fd-scale export``, or as ``timm:NAME[.TAG][=WEIGHTS]``; beside a run, ``teacher`` is
-the run's own. All come to a
-``Subject``: the backbone that evaluation sees, and the module inside it.
+A network is named as in ``evaluate.naming``; beside a run that distils, ``teacher`` is the run's own. All
+come to a ``Subject``: the backbone that evaluation sees, and the module inside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from fd_scale.distill import load_teachers
-from fd_scale.engine.checkpoint import Checkpoint, Pieces, committed, faults, kind_of_weights
+from fd_scale.engine.checkpoint import Checkpoint, Pieces, kind_of_weights
 from fd_scale.errors import RunError, UserError
+from fd_scale.evaluate import tuned
 from fd_scale.evaluate.backbone import Backbone, of_student, of_teacher
-from fd_scale.evaluate.source import run_and_average
-from fd_scale.export import load_student
+from fd_scale.evaluate.naming import DistilledRun, LabelledRun, LibraryNetwork, Named, meaning
+from fd_scale.evaluate.source import open_source
+from fd_scale.export import choose
 from fd_scale.objective.losses import Objective
 from fd_scale.pixels import normalise
 from fd_scale.run import recipe as recipes
 from fd_scale.run.folder import RunFolder
-from fd_scale.student import TIMM, Student, build_student, map_form
-from fd_scale.teachers import Guest, Teacher, difference, load
+from fd_scale.student import Student, build_student
+from fd_scale.teachers import Guest, Teacher, difference
 from fd_scale.teachers.timm import load_classifier
 
 TEACHER, NONE = "teacher", "none"
@@ -139,46 +137,28 @@ def load_pair(
     """The networks named by ``target`` and ``against``, on ``device`` in float32.
 
     ``against`` is ``none``, ``teacher`` (of a run; its default), or names a network as ``target`` does.
-    ``step`` chooses the checkpoint of ``target`` when that is a run. Raises ``DiagnoseError`` for a name that
+    ``step`` chooses the checkpoint of ``target`` when that is a run. Raises ``SourceError`` for a name that
     is no network, and the errors of recipes, teachers and checkpoints.
     """
     device = torch.device(device)
-    run = None
-    if run_and_average(target)[0].is_dir():
-        run = _open_run(target, step, device, with_teacher=against != NONE)
+    named, run = meaning(target), None
+    if isinstance(named, DistilledRun):
+        run = _open_run(named, step, device, with_teacher=against != NONE)
         subject = student_of(run, run.checkpoint, device)
-    elif step is not None:
-        raise DiagnoseError(f"--step {step} chooses a checkpoint of a run, but {target} is no run directory")
     else:
-        subject = _named(target, device)
+        subject = _subject(target, named, device, step=step)
     if against == NONE or (against is None and run is None):
         return Pair(subject, None, run)
     if against in (None, TEACHER):
         if run is None:
             raise DiagnoseError(
-                f"--against teacher is the teacher of a run, but {target} is no run directory: name a network"
+                f"--against teacher is the teacher of a distillation, and {target} is none: name a network"
             )
         return Pair(subject, _of_teacher(run.teachers[0], device), run)
-    other = _named(str(against), device)
+    other = _subject(str(against), meaning(str(against)), device)
     if other.name == subject.name:
         other = replace(other, name=f"{other.name} (before)")
     return Pair(subject, other, run)
-
-
-def newest_checkpoint(folder: RunFolder, step: int | None = None) -> Checkpoint:
-    """The newest checkpoint of a run, or that of ``step``, with whole files. Raises ``RunError`` for none."""
-    available = committed(folder.checkpoints)
-    wanted = [found for found in available if step in (None, found.step)]
-    if not wanted:
-        steps = ", ".join(str(found.step) for found in available)
-        raise RunError(
-            f"{folder.path} has no checkpoint yet"
-            if not available
-            else f"{folder.path} has no checkpoint of step {step}; it has {steps} (--step)"
-        )
-    if wrong := faults(wanted[-1]):
-        raise RunError(f"checkpoint {wanted[-1].path.name} is damaged: {'; '.join(wrong)} (--step)")
-    return wanted[-1]
 
 
 def student_of(run: Run, checkpoint: Checkpoint | None, device: torch.device) -> Subject:
@@ -216,16 +196,15 @@ def student_weights(checkpoint: Checkpoint, *, average: bool = False) -> dict[st
     return {name: pieces.whole(kind, name) for name in checkpoint.manifest["parameters"]} | pieces.buffers()
 
 
-def _open_run(text: str, step: int | None, device: torch.device, *, with_teacher: bool) -> Run:
-    path, average = run_and_average(text)
-    folder = RunFolder.at(path)
+def _open_run(named: DistilledRun, step: int | None, device: torch.device, *, with_teacher: bool) -> Run:
+    folder = named.folder
     recipe = folder.read_recipe()
-    checkpoint = newest_checkpoint(folder, step)
+    checkpoint = choose(folder, step)
     teachers = load_teachers(recipe, device, torch.float32) if with_teacher else []
     differing = difference(checkpoint.facts["teacher"], teachers[0].fingerprint) if teachers else []
     if differing:
         raise RunError(f"{checkpoint.path} was made with another teacher: {'; '.join(differing)}")
-    return Run(folder, recipe, checkpoint, teachers, average)
+    return Run(folder, recipe, checkpoint, teachers, named.average)
 
 
 def _of_teacher(teacher: Teacher, device: torch.device) -> Subject:
@@ -233,55 +212,33 @@ def _of_teacher(teacher: Teacher, device: torch.device) -> Subject:
     return Subject("teacher", origin, of_teacher(teacher, device), teacher.network)
 
 
-def _named(text: str, device: torch.device) -> Subject:
-    if text.startswith(TIMM):
-        return _of_timm(text.removeprefix(TIMM), device)
-    path = Path(text)
-    if run_and_average(text)[0].is_dir():
-        run = _open_run(text, None, device, with_teacher=False)
+def _subject(text: str, named: Named, device: torch.device, *, step: int | None = None) -> Subject:
+    """A network without its run."""
+    if isinstance(named, DistilledRun):
+        run = _open_run(named, step, device, with_teacher=False)
         return student_of(run, run.checkpoint, device)
-    if path.is_file():
-        return _of_export(path, device)
-    raise DiagnoseError(
-        f"{text!r} is neither a run directory, nor a file of exported weights, nor timm:NAME[.TAG][=WEIGHTS]"
-    )
+    backbone = open_source(text, step=step, device=device)
+    subject = Subject(backbone.name, text, backbone, backbone.network)
+    if isinstance(named, LabelledRun):
+
+        def whole() -> Classifier:
+            found = tuned.load(named, step=step)
+            return Classifier(found.classifier.to(device), found.start.mean, found.start.std)
+
+        return replace(subject, name=f"fine-tuned {subject.name}", classifier=whole)
+    if isinstance(named, LibraryNetwork):
+        return _of_library(subject, named.spec, device)
+    return subject
 
 
-def _of_timm(text: str, device: torch.device) -> Subject:
-    """``NAME.TAG`` with published weights; ``NAME=WEIGHTS`` or ``NAME.TAG=WEIGHTS`` with others, where the
-    tag says whose mean and std they were trained with."""
-    full, _, weights = text.partition("=")
-    name, _, tag = full.partition(".")
-    if not weights and not tag:
-        raise DiagnoseError(
-            f"timm:{text} names no weights: give timm:{name}.TAG for published ones, timm:{name}=FILE for a "
-            f"local file, or timm:{name}=random"
-        )
-    spec = recipes.Teacher(
-        library="timm",
-        architecture=name,
-        weights=weights or tag,
-        arguments={"pretrained_cfg": tag} if weights and tag else {},
-    )
-    teacher = load(spec, device=device, dtype=torch.float32, seed=0)
+def _of_library(subject: Subject, spec: recipes.Teacher, device: torch.device) -> Subject:
+    """With the classifier that timm's weights may bring."""
+    subject = replace(subject, name=subject.name.partition(":")[2].partition("@")[0] or subject.name)
+    if spec.library != "timm":
+        return subject
+    statistics = subject.backbone.fingerprint
 
-    def classifier() -> Classifier:
-        return Classifier(load_classifier(spec, device=device), teacher.mean, teacher.std)
+    def whole() -> Classifier:
+        return Classifier(load_classifier(spec, device=device), statistics["mean"], statistics["std"])
 
-    found = _of_teacher(teacher, device)
-    return replace(found, name=full, origin=f"timm:{text}", classifier=classifier)
-
-
-def _of_export(weights: Path, device: torch.device) -> Subject:
-    try:
-        network = load_student(weights)
-    except RunError as error:
-        raise DiagnoseError(f"{error}; for a file of timm's, give timm:NAME={weights}") from error
-    with safe_open(weights, framework="pt") as file:
-        spec = recipes.Student.model_validate_json(file.metadata()["student"])
-    form = map_form(network, spec)
-    # The evaluation's view of a student, without projectors: what they would project to is not known here.
-    student = Student(network, form, [], input_size=spec.input_size, objective=recipes.Objective())
-    student = student.eval().requires_grad_(False).to(device=device)
-    backbone = of_student(student, name=spec.architecture)
-    return Subject(weights.stem, f"{spec.architecture}, {weights.name}", backbone, student.backbone)
+    return replace(subject, classifier=whole)

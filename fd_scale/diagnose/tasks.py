@@ -176,7 +176,7 @@ def fine_tuned(
     if subject.classifier is None:
         raise DiagnoseError(
             f"{subject.name} has no classifier of its own, so no fine-tuned stage: name fine-tuned networks "
-            "(timm:NAME.TAG, timm:NAME=FILE), or leave out --fine-tuned"
+            "(a fine-tuned run, timm:NAME.TAG, timm:NAME@FILE), or leave out --fine-tuned"
         )
     classifier = subject.classifier()
 

@@ -19,13 +19,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fd_scale import timm_maps
-from fd_scale.errors import RunError
+from fd_scale.evaluate.naming import EMA
 from fd_scale.export import choose, load_student, student_tensors
 from fd_scale.objective.features import Features
 from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from fd_scale.run import recipe as recipes
 from fd_scale.run.folder import RunFolder
-from fd_scale.run.values import read_values
 from fd_scale.student import Student, build_backbone, map_form
 from fd_scale.teachers import Teacher
 from fd_scale.teachers.fingerprint import fingerprint
@@ -35,13 +34,11 @@ CLS = "cls"
 """Pooling by the class token."""
 GAP = "gap"
 """Pooling by the mean patch; class token and registers have no part in it."""
-EMA = "#ema"
-"""After the name of a run: the moving average of its weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A network to be evaluated; made by ``of_teacher``, ``of_student``, ``of_run`` and ``of_export``."""
+    """A network to be evaluated; made by ``of_teacher`` and the other functions below."""
 
     name: str
     input_size: int
@@ -51,6 +48,8 @@ class Backbone:
     """What decides its features, as JSON: architecture, preprocessing, feature point, SHA-256 of weights."""
     read: Callable[[Tensor], Features]
     """uint8 pixels on ``device`` to the map after the final norm."""
+    network: nn.Module
+    """What runs in it."""
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor) -> Features:
@@ -79,7 +78,9 @@ def pool(features: Features) -> dict[str, Tensor]:
 def of_teacher(teacher: Teacher, device: torch.device | str = "cpu") -> Backbone:
     """A teacher, as the student sees it, on the device that it was loaded to."""
     record = teacher.fingerprint
-    return Backbone(teacher.name, teacher.input_size, torch.device(device), record, teacher.features)
+    return Backbone(
+        teacher.name, teacher.input_size, torch.device(device), record, teacher.features, teacher.network
+    )
 
 
 def of_student(student: Student, *, name: str = "student") -> Backbone:
@@ -88,7 +89,7 @@ def of_student(student: Student, *, name: str = "student") -> Backbone:
     It stays on its device, in its dtype, and in the mode (training or not) that it is in. The fingerprint is
     of its present weights; parameters that are sharded must be gathered.
     """
-    return _of_network(
+    return of_network(
         student.backbone,
         student.form,
         name=name,
@@ -102,7 +103,7 @@ def of_export(weights: Path, *, name: str | None = None, device: torch.device | 
     network = load_student(weights).to(device)
     with safe_open(weights, framework="pt") as file:
         spec = recipes.Student.model_validate_json(file.metadata()["student"])
-    return _of_network(
+    return of_network(
         network,
         map_form(network, spec),
         name=name or weights.stem,
@@ -117,20 +118,15 @@ def of_run(
     """The student of a run's checkpoint (the newest, or of ``step``), read straight from its fragments; with
     ``average`` the moving average of its weights.
 
-    Raises ``RunError`` as ``export`` does, and for a run that learnt labels.
+    Raises ``RunError`` as ``export`` does.
     """
     folder = RunFolder.at(run)
-    if "task" in read_values(folder.recipe):
-        raise RunError(
-            f"{run} is a fine-tuning or a probe: measure it by its own task, or name the network that it "
-            "started from"
-        )
     spec = folder.read_recipe().student
     checkpoint = choose(folder, step)
     network = build_backbone(spec)
     network.load_state_dict(student_tensors(checkpoint, average=average), strict=True)
     network.to(device)
-    return _of_network(
+    return of_network(
         network,
         map_form(network, spec),
         name=f"{folder.path.resolve().name}{EMA * average}@{checkpoint.step}",
@@ -139,15 +135,23 @@ def of_run(
     )
 
 
-def _of_network(
-    network: nn.Module, form: MapForm, *, name: str, input_size: int, architecture: str
+def of_network(
+    network: nn.Module,
+    form: MapForm,
+    *,
+    name: str,
+    input_size: int,
+    architecture: str,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    **facts: Any,
 ) -> Backbone:
-    """A student's network, whose own call gives its map and whose pixels are normalised by ImageNet."""
+    """A network whose own call gives its map, as students are; ``facts`` go into its fingerprint."""
     parameter = next(network.parameters())
 
     def read(pixels: Tensor) -> Features:
         with _evaluating(network):
-            output = network(normalise(pixels, IMAGENET_MEAN, IMAGENET_STD, parameter.dtype))
+            output = network(normalise(pixels, mean, std, parameter.dtype))
         return timm_maps.as_features(output, form)
 
     record = fingerprint(
@@ -155,10 +159,11 @@ def _of_network(
         architecture=architecture,
         feature_point="last map after its norm",
         input_size=input_size,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=mean,
+        std=std,
+        **facts,
     )
-    return Backbone(name, input_size, parameter.device, record, read)
+    return Backbone(name, input_size, parameter.device, record, read, network)
 
 
 @contextmanager

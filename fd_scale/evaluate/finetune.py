@@ -33,8 +33,8 @@ from fd_scale.evaluate.accuracy import Accuracy
 from fd_scale.evaluate.augment import Mixer, randaug
 from fd_scale.evaluate.classifier import Classifier, map_head
 from fd_scale.evaluate.features import EvaluationError, check_classes, data_record
+from fd_scale.evaluate.naming import reports_of
 from fd_scale.evaluate.record import Record, over_seeds, table, write
-from fd_scale.evaluate.source import reports_of
 from fd_scale.evaluate.start import NETWORK, Trainable, prepare
 from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from fd_scale.run import scale

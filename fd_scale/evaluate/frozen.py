@@ -26,8 +26,9 @@ from fd_scale.evaluate.features import (
     of_shards,
     together,
 )
+from fd_scale.evaluate.naming import reports_of
 from fd_scale.evaluate.record import Record, table, write_all
-from fd_scale.evaluate.source import open_source, reports_of
+from fd_scale.evaluate.source import open_source
 from fd_scale.run.folder import environment
 from fd_scale.run.world import World, launch
 

@@ -31,8 +31,9 @@ from fd_scale.evaluate.accuracy import Accuracy
 from fd_scale.evaluate.augment import smoothed
 from fd_scale.evaluate.classifier import HEAD_STD
 from fd_scale.evaluate.finetune import Sets, conclude, open_sets, protocol_of, soft_cross_entropy
+from fd_scale.evaluate.naming import reports_of
 from fd_scale.evaluate.record import Record
-from fd_scale.evaluate.source import open_source, reports_of
+from fd_scale.evaluate.source import open_source
 from fd_scale.run import scale
 from fd_scale.run.folder import environment
 from fd_scale.run.scale import Resolved

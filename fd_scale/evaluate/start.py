@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,23 +17,21 @@ from torch import Tensor, nn
 
 from fd_scale.engine.checkpoint import Checkpoint, Pieces, kind_of_weights
 from fd_scale.errors import RunError
-from fd_scale.evaluate.backbone import EMA
-from fd_scale.evaluate.source import (
-    SUFFIX,
+from fd_scale.evaluate.naming import (
+    EMA,
+    ExportedFile,
+    LabelledRun,
     LibraryNetwork,
     SourceError,
     label,
-    library_network,
+    meaning,
     refuse_unused,
-    run_and_average,
-    run_folder,
 )
 from fd_scale.export import choose, load_student, student_tensors
 from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD
 from fd_scale.positions import resized
 from fd_scale.run import recipe as recipes
-from fd_scale.run import transfer
-from fd_scale.run.transfer import Start
+from fd_scale.run.transfer import Start, TransferRecipe
 from fd_scale.student import TIMM, build_backbone, map_form
 from fd_scale.teachers import load
 from fd_scale.teachers.fingerprint import fingerprint
@@ -45,7 +42,8 @@ NETWORK = "network."
 """Before the names of the network in a classifier."""
 HEAD = "head."
 """Before the names of its last layer."""
-
+NORM = "norm."
+"""Before the names of its norm, which stands where the network's final one was, under the same name."""
 
 STATISTICS = "pretrained_cfg"
 """Argument of a timm teacher that names a tag: no argument of the architecture."""
@@ -102,32 +100,25 @@ def find(start: Start) -> Weights:
     if not start.network:
         raise SourceError("start.network is not set: name a run, an exported file or LIBRARY:NAME@WEIGHTS")
     text = start.network
-    asked = library_network(text, input_size=start.input_size)
-    refuse_unused(text, asked is not None, step=start.step, input_size=None)
-    if asked is not None:
-        _refuse_average(start)
-        return _of_library(asked, text)
-    if text.endswith(SUFFIX):
-        _refuse_average(start)
-        with safe_open(text, framework="pt") as file:
+    named = meaning(text, input_size=start.input_size)
+    refuse_unused(text, named, step=start.step, input_size=None)
+    if start.weights == "average" and isinstance(named, LibraryNetwork | ExportedFile):
+        raise SourceError(f"start.weights='average' is for runs, and {text} is none: set raw")
+    if isinstance(named, LibraryNetwork):
+        return _of_library(named, text)
+    if isinstance(named, ExportedFile):
+        with safe_open(named.path, framework="pt") as file:
             metadata = file.metadata() or {}
-        network = load_student(Path(text))
+        network = load_student(named.path)
         spec = recipes.Student.model_validate_json(metadata["student"])
         return Weights(spec, dict(network.state_dict()), label(text))
-    path, average = run_and_average(text)
-    average = average or start.weights == "average"
-    folder = run_folder(path)
-    checkpoint = choose(folder, start.step)
-    name = label(f"{path}{EMA * average}", checkpoint.step)
-    if (tuned := transfer.of_run(folder.path)) is None:
-        spec = folder.read_recipe().student
-        return Weights(spec, student_tensors(checkpoint, average=average), name)
-    return _of_tuned(tuned, checkpoint, name, average=average)
-
-
-def _refuse_average(start: Start) -> None:
-    if start.weights == "average":
-        raise SourceError(f"start.weights='average' is for runs, and {start.network} is none: set raw")
+    average = named.average or start.weights == "average"
+    checkpoint = choose(named.folder, start.step)
+    name = label(f"{named.folder.path}{EMA * average}", checkpoint.step)
+    if isinstance(named, LabelledRun):
+        return _of_tuned(named.recipe, checkpoint, name, average=average)
+    spec = named.folder.read_recipe().student
+    return Weights(spec, student_tensors(checkpoint, average=average), name)
 
 
 def _of_library(asked: LibraryNetwork, text: str) -> Weights:
@@ -154,14 +145,14 @@ def _of_library(asked: LibraryNetwork, text: str) -> Weights:
     return Weights(recipes.Student.model_validate(values), tensors, label(text), taught.mean, taught.std)
 
 
-def _of_tuned(tuned: transfer.TransferRecipe, checkpoint: Checkpoint, name: str, *, average: bool) -> Weights:
+def _of_tuned(tuned: TransferRecipe, checkpoint: Checkpoint, name: str, *, average: bool) -> Weights:
     """The network of a fine-tuned run: where it started from, with what was trained laid over it."""
     kind, begun = kind_of_weights(checkpoint, average=average), prepare(tuned.start)
     pieces = Pieces(checkpoint)
-    names = [n for n in checkpoint.manifest["parameters"] if n.startswith((NETWORK, HEAD))]
+    names = [n for n in checkpoint.manifest["parameters"] if n.startswith((NETWORK, NORM, HEAD))]
     trained = {n: pieces.whole(kind, n) for n in names}
     tensors = dict(begun.network.state_dict())
-    tensors |= {n.removeprefix(NETWORK): t for n, t in trained.items() if n.startswith(NETWORK)}
+    tensors |= {n.removeprefix(NETWORK): t for n, t in trained.items() if not n.startswith(HEAD)}
     head = {n.removeprefix(HEAD): t for n, t in trained.items() if n.startswith(HEAD)}
     classes = checkpoint.facts["classes"]
     return Weights(

@@ -31,21 +31,13 @@ from fd_scale.data.index import ShardSet
 from fd_scale.data.loader import evaluation_batches
 from fd_scale.engine.checkpoint import Pieces, kind_of_weights
 from fd_scale.evaluate import accuracy
-from fd_scale.evaluate.backbone import EMA
 from fd_scale.evaluate.features import EvaluationError, data_record
+from fd_scale.evaluate.naming import EMA, DistilledRun, SourceError, label, meaning, reports_of
 from fd_scale.evaluate.record import Record, table, write_all
-from fd_scale.evaluate.source import (
-    SourceError,
-    label,
-    library_network,
-    reports_of,
-    run_and_average,
-    run_folder,
-)
 from fd_scale.export import choose
 from fd_scale.objective.targets import has_class_token
 from fd_scale.pixels import normalise
-from fd_scale.run.folder import environment
+from fd_scale.run.folder import RunFolder, environment
 from fd_scale.run.world import World, launch
 from fd_scale.student import Student, build_student
 from fd_scale.teachers import Teacher, load
@@ -147,28 +139,28 @@ class ClipStudent:
         return self.student(pixels)[0][:, 0]
 
 
-def clip_student(run: Path, *, step: int | None, device: torch.device, average: bool = False) -> ClipStudent:
+def clip_student(
+    folder: RunFolder, *, step: int | None, device: torch.device, average: bool = False
+) -> ClipStudent:
     """The student of a run with its first projector; with ``average`` the moving average of its weights.
 
     Raises ``EvaluationError`` for a recipe that regressed no class token, and the errors of runs.
     """
-    folder = run_folder(run)
     recipe = folder.read_recipe()
     objective = recipe.objective
     if not has_class_token(granularity=objective.granularity, cls=objective.cls):
         raise EvaluationError(
-            f"{run} did not regress its teacher's class token (objective.granularity="
+            f"{folder.path} did not regress its teacher's class token (objective.granularity="
             f"{objective.granularity!r}, objective.cls={objective.cls!r}): nothing to ask in words"
         )
     teacher = load(recipe.teacher, device=device, dtype=torch.float32, seed=recipe.seed)
     student = build_student(recipe, [teacher])
     checkpoint = choose(folder, step)
-    pieces = Pieces(checkpoint)
-    kind = kind_of_weights(checkpoint, average=average)
+    pieces, kind = Pieces(checkpoint), kind_of_weights(checkpoint, average=average)
     state = {name: pieces.whole(kind, name) for name in checkpoint.manifest["parameters"]}
     student.load_state_dict(state | pieces.buffers())
     record = fingerprint(state, run=folder.path.resolve().name, input_size=student.input_size)
-    name = label(f"{run}{EMA * average}", checkpoint.step)
+    name = label(f"{folder.path}{EMA * average}", checkpoint.step)
     return ClipStudent(student.eval().to(device), teacher, name, record)
 
 
@@ -348,10 +340,12 @@ def _asked(
     if text.startswith("open_clip:"):
         visual = tower.model.visual.state_dict()  # type: ignore[union-attr]
         return text, fingerprint(visual, clip=text), tower.input_size, {"clip": tower.embed}
-    if library_network(text) is not None:
-        raise SourceError(f"{text} has no text tower: zero-shot is for open_clip:NAME@WEIGHTS and for runs")
-    run, average = run_and_average(text)
-    opened = partial(clip_student, run, step=step, average=average, device=world.device)
+    named = meaning(text)
+    if not isinstance(named, DistilledRun):
+        raise SourceError(
+            f"{text} has no text tower: zero-shot is for open_clip:NAME@WEIGHTS and for distillations"
+        )
+    opened = partial(clip_student, named.folder, step=step, average=named.average, device=world.device)
     student = world.together(opened)
     modes = embeddings(student, tower, fit, world)
     return student.name, student.record, student.student.input_size, modes

@@ -270,7 +270,7 @@ def test_following_needs_a_run(run: Path) -> None:
     with pytest.raises(DiagnoseError, match="--live follows a run's newest checkpoint"):
         watch(Request(str(run), step=4), ALONE, teller=SILENT)
     with pytest.raises(DiagnoseError, match="--live follows a run's newest checkpoint"):
-        watch(Request("timm:test_vit=random"), ALONE, teller=SILENT)
+        watch(Request("timm:test_vit@random"), ALONE, teller=SILENT)
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

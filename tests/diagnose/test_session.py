@@ -26,7 +26,7 @@ GRID = Grid(points=3, directions=1)
 def test_one_network_alone_without_labels_attention_or_enough_images(tmp_path: Path, world: World) -> None:
     pack(image_folder(tmp_path / "images", 3), tmp_path / "shards")
     request = Request(
-        "timm:test_efficientnet=random", data=tmp_path / "shards", out=tmp_path / "out", grid=GRID, bf16=True
+        "timm:test_efficientnet@random", data=tmp_path / "shards", out=tmp_path / "out", grid=GRID, bf16=True
     )
     page = diagnose(request, world, teller=SILENT)
     record = json.loads((page.parent / "report.json").read_text())
@@ -86,6 +86,6 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
 
 def test_data_must_be_there(tmp_path: Path, world: World) -> None:
     with pytest.raises(DiagnoseError, match="give a folder of shards with --data"):
-        diagnose(Request("timm:test_vit=random"), world)
+        diagnose(Request("timm:test_vit@random"), world)
     with pytest.raises(ShardError):
-        diagnose(Request("timm:test_vit=random", data=tmp_path), world)
+        diagnose(Request("timm:test_vit@random", data=tmp_path), world)

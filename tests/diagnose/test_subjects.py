@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from fd_scale.data.index import ShardSet
 from fd_scale.diagnose.images import Images
-from fd_scale.diagnose.subjects import DiagnoseError, Pair, load_pair, newest_checkpoint, student_of
+from fd_scale.diagnose.subjects import Pair, load_pair, student_of
 from fd_scale.errors import RunError, UserError
 from fd_scale.evaluate.source import open_source
 from fd_scale.evaluate.start import find
-from fd_scale.export import export, load_student
+from fd_scale.export import choose, export, load_student
 from fd_scale.run.folder import RunFolder
 from fd_scale.run.transfer import Start
 from fd_scale.student import build_student
@@ -104,7 +104,7 @@ def test_an_exported_file_against_a_run_and_a_network_of_timm(run: Path) -> None
     found = load_pair(str(weights), str(run))
     assert [subject.name for subject in found.both] == ["student, step 6", "step-00000004"]
     assert found.run is None
-    other = load_pair(str(weights), "timm:vit_tiny_patch16_224=random")
+    other = load_pair(str(weights), "timm:vit_tiny_patch16_224@random")
     assert [subject.name for subject in other.both] == ["vit_tiny_patch16_224", "step-00000004"]
     assert load_pair(str(weights), None).against is None
     same = load_pair(str(weights), str(weights))
@@ -115,22 +115,22 @@ def test_a_local_file_of_timms(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=0)
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
-    found = load_pair(f"timm:test_vit={tmp_path / 'weights.safetensors'}", None).subject
+    found = load_pair(f"timm:test_vit@{tmp_path / 'weights.safetensors'}", None).subject
     assert all(
         torch.equal(tensor, network.state_dict()[n]) for n, tensor in found.network.state_dict().items()
     )
-    with pytest.raises(DiagnoseError, match="for a file of timm's, give timm:NAME="):
+    with pytest.raises(RunError, match="a file of timm's weights is named timm:NAME@"):
         load_pair(str(tmp_path / "weights.safetensors"), None)
 
 
 @pytest.mark.parametrize(
     ("target", "against", "step", "message"),
     [
-        ("nowhere", None, None, "neither a run directory, nor a file of exported weights, nor timm:NAME"),
-        ("timm:vit_tiny_patch16_224", None, None, r"give timm:vit_tiny_patch16_224\.TAG for published ones"),
-        ("timm:vit_tinny_patch16_224=random", None, None, "did you mean vit_tiny_patch16_224"),
-        ("timm:test_vit=random", "teacher", None, "--against teacher is the teacher of a run"),
-        ("timm:test_vit=random", None, 3, "--step 3 chooses a checkpoint of a run"),
+        ("nowhere", None, None, "nowhere does not exist; a network is a run directory"),
+        ("timm:vit_tiny_patch16_224", None, None, "names no weights: append @ and a tag, a file, or random"),
+        ("timm:vit_tinny_patch16_224@random", None, None, "did you mean vit_tiny_patch16_224"),
+        ("timm:test_vit@random", "teacher", None, "--against teacher is the teacher of a distillation"),
+        ("timm:test_vit@random", None, 3, "--step 3 is for runs, and timm:test_vit@random is none"),
         ("/tmp", None, None, "is no run directory"),
     ],
 )
@@ -144,14 +144,14 @@ def test_what_is_no_network_is_refused(
 def test_another_teacher_and_damaged_checkpoints_are_refused(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / run.name
     shutil.copytree(run, copy)
-    newest = newest_checkpoint(RunFolder.at(copy))
+    newest = choose(RunFolder.at(copy), None)
     manifest = json.loads((newest.path / "manifest.json").read_text())
     manifest["facts"]["teacher"]["sha256"] = "0" * 64
     (newest.path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RunError, match="was made with another teacher: the weights themselves"):
         load_pair(str(copy), None)
     (newest.path / manifest["files"][0]["name"]).write_bytes(b"cut")
-    with pytest.raises(RunError, match=r"step-00000006 is damaged: .* \(--step\)"):
+    with pytest.raises(RunError, match=r"step-00000006 is damaged: .* another with --step"):
         load_pair(str(copy), None)
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(RunError, match="has no checkpoint yet"):

@@ -85,7 +85,7 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     torch.manual_seed(0)
     network = shaken(timm.create_model("test_vit", num_classes=3))
     path = saved(network.state_dict(), tmp_path_factory.mktemp("weights") / "fine.safetensors")
-    return load_pair(f"timm:test_vit.r160_in1k={path}", None).subject
+    return load_pair(f"timm:test_vit.r160_in1k@{path}", None).subject
 
 
 @torch.no_grad()
@@ -117,6 +117,6 @@ def test_a_fine_tuned_network_must_know_the_classes_of_the_data(fine_tuned: Subj
         tasks.fine_tuned(fine_tuned, batches, [torch.tensor([0, 1])], {}, num_classes=2)
     with pytest.raises(DiagnoseError, match="vit_micro_patch8 has no classifier of its own"):
         tasks.fine_tuned(own_subject("vit_micro_patch8"), [], [], {})
-    bare = load_pair("timm:test_vit=random", None).subject
+    bare = load_pair("timm:test_vit@random", None).subject
     with pytest.raises(TeacherError, match="weights random of test_vit bring no classifier"):
         tasks.fine_tuned(bare, [], [], {})

@@ -17,7 +17,7 @@ from torch import Tensor
 from fd_scale.data.index import ShardSet
 from fd_scale.data.scenes import write_scenes
 from fd_scale.evaluate.features import EvaluationError
-from fd_scale.evaluate.source import SourceError
+from fd_scale.evaluate.naming import SourceError
 from fd_scale.evaluate.zeroshot import (
     Clip,
     class_names,

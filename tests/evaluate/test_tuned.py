@@ -1,0 +1,80 @@
+"""A fine-tuned run as a frozen network: its features are those that its own head reads."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fd_scale import training
+from fd_scale.diagnose.subjects import load_pair
+from fd_scale.engine.checkpoint import AVERAGE, MASTER, Pieces, committed
+from fd_scale.evaluate import finetune
+from fd_scale.evaluate.naming import LabelledRun, SourceError, meaning
+from fd_scale.evaluate.source import open_source
+from fd_scale.evaluate.start import prepare
+from fd_scale.evaluate.tuned import load
+from fd_scale.run.transfer import Start, TransferRecipe
+from fd_scale.run.world import World
+from tests.evaluate.test_backbone import pixels
+from tests.evaluate.test_finetune import SIDE, data, recipe  # noqa: F401
+from tests.spawn import spawn
+
+
+def tune(world: World, asked: TransferRecipe) -> None:
+    assert training.drive(partial(finetune._prepared, asked, []), world) == 0
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Norm before pooling, averaged weights, two steps at a rate that moves them."""
+    changes: dict[str, Any] = {
+        "head.order": "norm_pool",
+        "schedule.images": 32,
+        "schedule.warmup_images": 0,
+        "optim.lr": 1e-2,
+    }
+    asked = recipe(data, tmp_path_factory.mktemp("tuned"), **changes)
+    spawn(tune, 1, asked)
+    return Path(asked.run.root) / asked.run_name
+
+
+def test_the_head_on_the_mean_patch_gives_the_run_s_own_logits(run: Path) -> None:
+    backbone = open_source(f"{run}#ema")
+    named = meaning(f"{run}#ema")
+    assert isinstance(named, LabelledRun)
+    whole = load(named)
+    pair = load_pair(f"{run}#ema", None)
+    with torch.no_grad():
+        mean = backbone.pooled(pixels(5, SIDE))["gap"]
+        ours = whole.classifier.head(mean)
+        assert pair.subject.classifier is not None
+        expected = pair.subject.classifier()(pixels(5, SIDE))
+    # The same float32 products in batches of other shapes: worst seen 0.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    assert expected.std() > 1e-4
+    assert backbone.name == f"{run.name}#ema@2"
+    assert backbone.fingerprint["fine_tuned"] == "average"
+
+
+def test_the_weights_are_the_average_of_the_checkpoint(run: Path) -> None:
+    pieces = Pieces(committed(run / "checkpoints")[-1])
+    network: Any = open_source(f"{run}#ema").network
+    raw: Any = open_source(str(run)).network
+    for ours, name in (("blocks.1.mlp.fc1.weight", "network.blocks.1.mlp.fc1.weight"), ("norm.bias",) * 2):
+        assert torch.equal(network.state_dict()[ours], pieces.whole(AVERAGE, name))
+        assert torch.equal(raw.state_dict()[ours], pieces.whole(MASTER, name))
+
+
+def test_a_second_stage_that_keeps_the_norm_begins_at_the_first_one_s(run: Path) -> None:
+    start = prepare(Start(network=str(run), weights="average", position="keep"))
+    pieces = Pieces(committed(run / "checkpoints")[-1])
+    assert torch.equal(start.network.state_dict()["norm.bias"], pieces.whole(AVERAGE, "norm.bias"))
+
+
+def test_an_input_size_is_not_for_measuring(run: Path) -> None:
+    with pytest.raises(SourceError, match="is measured at the size that it was trained at"):
+        open_source(str(run), input_size=48)

@@ -106,12 +106,17 @@ def final_map(network: nn.Module, pixels_BCHW: Tensor) -> Tensor:
     return output
 
 
+def final_norm(network: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of the norm that ``final_map`` ends with; None where the map has none of its own."""
+    found: dict[str, Any] = dict(_norms_after_pooling(network)) or {"norm": getattr(network, "norm", None)}
+    name, norm = next(iter(found.items()))
+    return (name, norm) if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) else None
+
+
 def feature_point(network: nn.Module) -> str:
     """Where ``final_map`` takes the map, for records."""
-    applied = list(_norms_after_pooling(network))
-    if not applied and not isinstance(getattr(network, "norm", None), nn.Identity | None):
-        applied = ["norm"]
-    return normed_by(applied[0]) if applied else UNNORMED
+    found = final_norm(network)
+    return UNNORMED if found is None else normed_by(found[0])
 
 
 def normed_by(norm: str) -> str:

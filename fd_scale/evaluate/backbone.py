@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fd_scale import timm_maps
+from fd_scale.evaluate.inside import laid_out_as, norm_of, noting_input, resampled, stages
 from fd_scale.evaluate.naming import EMA
 from fd_scale.export import choose, load_student, student_tensors
 from fd_scale.objective.features import Features
@@ -34,6 +35,8 @@ CLS = "cls"
 """Pooling by the class token."""
 GAP = "gap"
 """Pooling by the mean patch; class token and registers have no part in it."""
+PROJECTED = "projected"
+"""Pooling by the class token, projected to CLIP's joint embedding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,27 +49,56 @@ class Backbone:
     device: torch.device
     fingerprint: dict[str, Any]
     """What decides its features, as JSON: architecture, preprocessing, feature point, SHA-256 of weights."""
+    values: Callable[[Tensor], Tensor]
+    """uint8 pixels on ``device`` to normalised ones."""
     read: Callable[[Tensor], Features]
-    """uint8 pixels on ``device`` to the map after the final norm."""
+    """Normalised pixels to the map after the final norm."""
     network: nn.Module
     """What runs in it."""
+    project: Callable[[Tensor], Tensor] | None = None
+    """The class token (B, D) to CLIP's joint embedding (B, E), where the network has such a head."""
 
     @torch.no_grad()
-    def tokens(self, pixels: Tensor) -> Features:
-        """The map after the final norm of uint8 pixels (B, 3, S, S) from any device.
+    def tokens(self, pixels: Tensor, *, normed: bool = True) -> Features:
+        """The map after the final norm, or before it, of uint8 pixels (B, 3, S, S) from any device; the same
+        for a network without a final norm.
 
         Raises ``ValueError`` for pixels of another size.
         """
+        values = self._entering(pixels)
+        norm = None if normed else norm_of(self.network)
+        with _evaluating(self.network):
+            if norm is None:
+                return self.read(values)
+            with noting_input(norm) as seen:
+                features = self.read(values)
+        return laid_out_as(features, seen[-1])
+
+    @torch.no_grad()
+    def pyramid(self, pixels: Tensor) -> list[Tensor]:
+        """Four maps (B, C, H, W) of strides 4, 8, 16 and 32 pixels, none of them normed: a hierarchical
+        network's stages, or the one map of a plain ViT resampled (``inside.resampled``).
+
+        Raises ``ValueError`` for pixels of another size.
+        """
+        with _evaluating(self.network):
+            found = stages(self.network, self._entering(pixels))
+        return found or resampled(self.tokens(pixels, normed=False), self.input_size)
+
+    @torch.no_grad()
+    def pooled(self, pixels: Tensor) -> dict[str, Tensor]:
+        """One vector per image (B, D) by kind: ``cls`` where there is a class token, ``gap``, and
+        ``projected`` where the class token has a projection to CLIP's joint embedding."""
+        found = pool(self.tokens(pixels))
+        return found if self.project is None else found | {PROJECTED: self.project(found[CLS])}
+
+    def _entering(self, pixels: Tensor) -> Tensor:
         if pixels.shape[-2:] != (self.input_size, self.input_size):
             raise ValueError(
                 f"pixels of shape {tuple(pixels.shape)} reached {self.name}, which takes "
                 f"{self.input_size} x {self.input_size}"
             )
-        return self.read(pixels.to(self.device))
-
-    def pooled(self, pixels: Tensor) -> dict[str, Tensor]:
-        """One vector per image (B, D) by kind: ``cls`` where there is a class token, and ``gap``."""
-        return pool(self.tokens(pixels))
+        return self.values(pixels.to(self.device))
 
 
 def pool(features: Features) -> dict[str, Tensor]:
@@ -77,9 +109,15 @@ def pool(features: Features) -> dict[str, Tensor]:
 
 def of_teacher(teacher: Teacher, device: torch.device | str = "cpu") -> Backbone:
     """A teacher, as the student sees it, on the device that it was loaded to."""
-    record = teacher.fingerprint
     return Backbone(
-        teacher.name, teacher.input_size, torch.device(device), record, teacher.features, teacher.network
+        teacher.name,
+        teacher.input_size,
+        torch.device(device),
+        teacher.fingerprint,
+        values=lambda pixels: normalise(pixels, teacher.mean, teacher.std, teacher.dtype),
+        read=lambda values: teacher.read(teacher.network, values),
+        network=teacher.network,
+        project=teacher.projection,
     )
 
 
@@ -148,12 +186,6 @@ def of_network(
 ) -> Backbone:
     """A network whose own call gives its map, as students are; ``facts`` go into its fingerprint."""
     parameter = next(network.parameters())
-
-    def read(pixels: Tensor) -> Features:
-        with _evaluating(network):
-            output = network(normalise(pixels, mean, std, parameter.dtype))
-        return timm_maps.as_features(output, form)
-
     record = fingerprint(
         network.state_dict(),
         architecture=architecture,
@@ -163,7 +195,15 @@ def of_network(
         std=std,
         **facts,
     )
-    return Backbone(name, input_size, parameter.device, record, read, network)
+    return Backbone(
+        name,
+        input_size,
+        parameter.device,
+        record,
+        values=lambda pixels: normalise(pixels, mean, std, parameter.dtype),
+        read=lambda values: timm_maps.as_features(network(values), form),
+        network=network,
+    )
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from fd_scale.evaluate.backbone import Backbone
 CROP_PCT = 224 / 256
 """Share of the resized image's side that the central crop keeps: resize 256, crop 224 (DINO's protocol)."""
 
-VERSION = 1
+VERSION = 2
 """Part of a cached file's name: raised when a change here would alter what is in it."""
 
 

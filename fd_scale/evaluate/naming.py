@@ -32,8 +32,8 @@ EMA = "#ema"
 """After the name of a run: the moving average of its weights."""
 SUFFIX = ".safetensors"
 FORMS = (
-    f"a network is a run directory, the average of its weights (RUN{EMA}), its teacher (RUN{TEACHER}), a file "
-    f"of `fd-scale export`, or LIBRARY:NAME@WEIGHTS with one of {', '.join(LIBRARIES)}"
+    f"a network is a run directory, the average of its weights (RUN{EMA}), its teacher (RUN{TEACHER}), a "
+    f"file of `fd-scale export`, or LIBRARY:NAME@WEIGHTS with one of {', '.join(LIBRARIES)}"
 )
 
 

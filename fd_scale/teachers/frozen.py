@@ -25,6 +25,22 @@ projection."""
 
 
 @dataclass(frozen=True, eq=False)
+class Projection:
+    """CLIP's last matrix, which no map goes through; kept beside the network, in float32."""
+
+    weight_DE: Tensor
+
+    def __call__(self, tokens_BD: Tensor) -> Tensor:
+        """(B, E), in float32."""
+        return tokens_BD.float() @ self.weight_DE
+
+    @property
+    def width(self) -> int:
+        """Channels of the joint embedding."""
+        return self.weight_DE.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
 class Teacher:
     """A frozen network that gives feature maps; made by ``freeze``, whole on its device."""
 
@@ -48,6 +64,8 @@ class Teacher:
     """Tokens before the grid, the class token first; 0 when there is no class token."""
     fingerprint: dict[str, Any]
     """What decides its features, as JSON (``fingerprint.difference``)."""
+    projection: Projection | None = None
+    """Where the teacher is a CLIP: from its class token after the norm to the joint embedding."""
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Features:
@@ -74,11 +92,12 @@ def freeze(
     input_size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    projection_DE: Tensor | None = None,
 ) -> Teacher:
     """The network as a teacher: fingerprinted as loaded, then in eval mode, without gradients, on its device.
 
-    Width, grid and prefix tokens are read off one map. Raises ``TeacherError`` when the network does not take
-    ``input_size``.
+    ``projection_DE`` is a CLIP's projection of its class token. Width, grid and prefix tokens are read off
+    one map. Raises ``TeacherError`` when the network does not take ``input_size``.
     """
     record = fingerprint(
         network.state_dict(),
@@ -112,4 +131,7 @@ def freeze(
         grid=features.grid,
         num_prefix_tokens=features.num_prefix_tokens,
         fingerprint=record,
+        projection=None
+        if projection_DE is None
+        else Projection(projection_DE.detach().to(device, torch.float32).clone()),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +47,9 @@ class Tower:
     read: Read
     heads: tuple[str, ...]
     feature_point: str
+    projection_DE: Tensor | None = None
+    """From the class token after the norm to the joint embedding, as it was drawn; of towers that pool by
+    it."""
 
 
 def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, seed: int) -> Teacher:
@@ -68,6 +71,7 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
         tower = _tower(spec, settings)
         checkpoint = _checkpoint(spec.architecture, where, exact_gelu=_has_exact_gelu(tower, settings))
         _fill(tower, spec.architecture, checkpoint)
+        tower = _with_projection(tower, checkpoint)
     if spec.input_size is not None and isinstance(tower.network, TimmModel):
         tower.network.set_input_size(spec.input_size)
     statistics = _statistics(spec.architecture, tag)
@@ -84,6 +88,7 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
         input_size=spec.input_size or _side(tower.network.image_size),
         mean=statistics[0],
         std=statistics[1],
+        projection_DE=tower.projection_DE,
     )
 
 
@@ -161,6 +166,8 @@ def _timm_tower(network: TimmModel) -> Tower:
 
 def _transformer_tower(network: VisionTransformer) -> Tower:
     heads, point = ["proj"], timm_maps.normed_by("ln_post")
+    pools_by_class = network.pool_type == "tok" and network.attn_pool is None
+    projection_DE = network.proj if pools_by_class else None
     network.proj = None
     if network.attn_pool is not None:
         heads += ["attn_pool.", "attn_pool_contrastive."]
@@ -170,7 +177,13 @@ def _transformer_tower(network: VisionTransformer) -> Tower:
             heads.append("ln_post.")
             point = timm_maps.UNNORMED
         network.attn_pool = network.attn_pool_contrastive = None
-    return Tower(network, _read_transformer, tuple(heads), point)
+    return Tower(network, _read_transformer, tuple(heads), point, projection_DE)
+
+
+def _with_projection(tower: Tower, checkpoint: Checkpoint) -> Tower:
+    """With the projection that the weights bring, if they do."""
+    found = checkpoint.tensors.get(f"{VISUAL}proj", checkpoint.tensors.get("proj"))
+    return replace(tower, projection_DE=None if tower.projection_DE is None else found)
 
 
 def _read_transformer(network: nn.Module, pixels_BCHW: Tensor) -> Features:

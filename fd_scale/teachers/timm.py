@@ -22,11 +22,16 @@ from fd_scale.errors import TeacherError
 from fd_scale.run import recipe as recipes
 from fd_scale.teachers import weights
 from fd_scale.teachers.frozen import Teacher, freeze
-from fd_scale.teachers.weights import Checkpoint, Source
+from fd_scale.teachers.weights import VISUAL, Checkpoint, Source
 from fd_scale.timm_maps import ArchitectureError
 
 STATISTICS = "pretrained_cfg"
 """timm's own argument that names a tag: for a local file, the tag whose mean and std it was trained with."""
+
+CLIP = "_clip_"
+"""In timm's names of CLIP's vision towers."""
+FINE_TUNED = "_ft_"
+"""In timm's tags of weights whose classifier is one of classes."""
 
 HEADS = ("head.", "head_dist.", "head_dense.", "decoder_", "mask_token")
 """What checkpoints carry beside the network: classifiers, DINO's and EsViT's heads, MAE's decoder."""
@@ -41,6 +46,7 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
         network = _loaded(spec, where, tag, arguments, seed)
     except ArchitectureError as error:
         raise TeacherError(f"{error} (teacher.architecture, teacher.arguments)") from error
+    projection_DE = _projection(network, spec.architecture, where, tag)
     network.reset_classifier(0)  # type: ignore[operator]
     settings: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     return freeze(
@@ -56,7 +62,23 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
         input_size=spec.input_size or int(settings["input_size"][-1]),
         mean=settings["mean"],
         std=settings["std"],
+        projection_DE=projection_DE,
     )
+
+
+def _projection(network: nn.Module, architecture: str, where: Source, tag: str | None) -> Tensor | None:
+    """CLIP's projection of its class token, which timm keeps as the classifier of CLIP's own weights; None
+    for other networks and for weights that were fine-tuned or are random."""
+    if CLIP not in architecture:
+        return None
+    if where.path is not None:
+        return weights.read(where).tensors.get(f"{VISUAL}proj")
+    head = getattr(network, "head", None)
+    if tag is None or FINE_TUNED in tag or not isinstance(head, nn.Linear):
+        return None
+    # Only where logits are the projected class token: pooled by it, and without a bias.
+    by_class = getattr(network, "global_pool", None) == "token"
+    return head.weight.T if by_class and (head.bias is None or not head.bias.any()) else None
 
 
 def load_classifier(spec: recipes.Teacher, *, device: torch.device) -> nn.Module:

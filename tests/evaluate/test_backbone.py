@@ -52,8 +52,9 @@ def normalised(values: Tensor) -> Tensor:
     return (values.float() / 255 - mean) / std
 
 
-def teacher() -> Any:
-    return load(recipe().teacher, device="cpu", dtype=torch.float32, seed=3)
+def teacher(side: int = SIDE) -> Any:
+    spec = recipe().teacher.model_copy(update={"input_size": side})
+    return load(spec, device="cpu", dtype=torch.float32, seed=3)
 
 
 def shaken(network: torch.nn.Module) -> Any:

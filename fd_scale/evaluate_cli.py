@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 FROZEN = ("knn", "linear_fast")
 TRAINED = {"finetune": "fd_base", "linear": "linear"}
 """Tasks that are runs of their own, with their default preset."""
-ZEROSHOT = "zeroshot"
-TASKS = (*FROZEN, *TRAINED, ZEROSHOT)
+ZEROSHOT, RETRIEVAL = "zeroshot", "retrieval"
+IN_WORDS = (ZEROSHOT, RETRIEVAL)
+"""Tasks of networks that can be asked in words."""
+TASKS = (*FROZEN, *TRAINED, *IN_WORDS)
 SUITES = ("classification",)
 
 NetworksArgument = Annotated[
@@ -37,18 +39,21 @@ NetworksArgument = Annotated[
 
 def evaluate(
     networks: NetworksArgument,
-    test: Annotated[Path, typer.Option(metavar="SHARDS", help="Labelled shards to measure on.")],
+    test: Annotated[
+        Path, typer.Option(metavar="SHARDS", help="Labelled shards to measure on; retrieval: with captions.")
+    ],
     train: Annotated[
         Path | None,
         typer.Option(
-            metavar="SHARDS", help="Labelled shards to learn from; zeroshot: to fit destandardised on."
+            metavar="SHARDS",
+            help="Labelled shards to learn from; zeroshot, retrieval: to fit destandardised on.",
         ),
     ] = None,
     task: Annotated[
         str | None,
         typer.Option(
             help="knn; linear_fast (L-BFGS on cached features); linear (LARS, as the papers); finetune; "
-            "zeroshot."
+            "zeroshot; retrieval (of images and captions)."
         ),
     ] = None,
     suite: Annotated[
@@ -101,7 +106,9 @@ def evaluate(
     seeds: Annotated[str, typer.Option(help="finetune, linear: seeds, one run each, as 0,1,2.")] = "0",
     clip: Annotated[
         str | None,
-        typer.Option(metavar="NAME@WEIGHTS", help="zeroshot of a run: open_clip's name of its teacher."),
+        typer.Option(
+            metavar="NAME@WEIGHTS", help="zeroshot, retrieval of a run: open_clip's name of its teacher."
+        ),
     ] = None,
     classes: Annotated[
         Path | None, typer.Option(help="zeroshot: class names, one per line, in the order of labels.")
@@ -126,8 +133,23 @@ def evaluate(
     _refuse_unused(task or "a suite", (*FROZEN, *TRAINED), {"--input-size": input_size})
     _refuse_unused(task or "a suite", (*FROZEN, "a suite"), {"--cache": cache})
     _refuse_unused(task or "a suite", ("a suite",), {"--against": against})
-    told = {"--clip": clip, "--classes": classes, "--templates": templates}
-    _refuse_unused(task or "a suite", (ZEROSHOT,), told)
+    _refuse_unused(task or "a suite", IN_WORDS, {"--clip": clip})
+    _refuse_unused(task or "a suite", (ZEROSHOT,), {"--classes": classes, "--templates": templates})
+    if task == RETRIEVAL:
+        from fd_scale.evaluate.retrieval import retrieval
+
+        retrieval(
+            networks,
+            test,
+            clip=clip,
+            train=train,
+            crop_pct=crop_pct or 1.0,
+            batch=batch,
+            workers=workers,
+            out=out,
+            step=step,
+        )
+        return
     if task == ZEROSHOT:
         from fd_scale.evaluate.zeroshot import zeroshot
 
@@ -198,7 +220,7 @@ def _check_words(task: str | None, suite: str | None, networks: list[str]) -> No
         raise UserError(f"unknown --suite {suite!r} (suites: {', '.join(SUITES)})")
     if task is not None and task not in TASKS:
         raise UserError(f"unknown --task {task!r}{near_misses(task, TASKS)} (tasks: {', '.join(TASKS)})")
-    if len(networks) > 1 and task not in (*FROZEN, ZEROSHOT):
+    if len(networks) > 1 and task not in (*FROZEN, *IN_WORDS):
         raise UserError(f"{task or 'a suite'} takes one network at a time, not {len(networks)}")
 
 

@@ -68,7 +68,7 @@ OWNERS = {
     "deepspeed": {"fd_scale.engine.zero"},
     "wandb": {"fd_scale.run.report"},
     "mpi4py": {"fd_scale.run.world"},
-    "open_clip": {"fd_scale.teachers.open_clip", "fd_scale.evaluate.zeroshot"},
+    "open_clip": {"fd_scale.teachers.open_clip", "fd_scale.evaluate.clip", "fd_scale.evaluate.zeroshot"},
     "typer": {
         "fd_scale.cli",
         "fd_scale.shards_cli",

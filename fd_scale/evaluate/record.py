@@ -38,7 +38,7 @@ class Record:
     """One evaluation of one network, over one or more seeds."""
 
     task: str
-    """``knn``, ``linear_fast``, ``linear``, ``finetune``, ``zeroshot``."""
+    """``knn``, ``linear_fast``, ``linear``, ``finetune``, ``zeroshot``, ``retrieval``."""
     model: str
     feature: str
     """What the task read: ``cls``, ``gap``, or the head's input."""
@@ -107,7 +107,8 @@ class Record:
     @property
     def file_name(self) -> str:
         """A name that no other evaluation has."""
-        identity = _hash([self.protocol_hash, self.data_hash, self.network, list(self.seeds)])
+        parts = [self.protocol_hash, self.data_hash, self.network, list(self.seeds), self.headline]
+        identity = _hash(parts)
         model = "".join(c if c.isalnum() or c in "-_.@" else "_" for c in self.model)
         return f"{self.task}-{self.feature}-{model}-{identity}.json"
 

@@ -39,6 +39,11 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     assert len(list((tmp_path / "reports").iterdir())) == 1
 
 
+def test_two_modes_of_one_evaluation_are_two_files(tmp_path):
+    other = replace(KNN, metrics={"top1_direct": [0.4]}, headline="top1_direct")
+    assert write(KNN, tmp_path) != write(other, tmp_path)
+
+
 def test_seeds_are_summed_up():
     assert TUNED.mean == pytest.approx(0.82)
     assert TUNED.std == pytest.approx(statistics.stdev([0.80, 0.82, 0.84])) == pytest.approx(0.02)

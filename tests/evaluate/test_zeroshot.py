@@ -16,18 +16,10 @@ from torch import Tensor
 
 from fd_scale.data.index import ShardSet
 from fd_scale.data.scenes import write_scenes
+from fd_scale.evaluate.clip import Clip, embeddings, fit_affine, load_clip
 from fd_scale.evaluate.features import EvaluationError
 from fd_scale.evaluate.naming import SourceError
-from fd_scale.evaluate.zeroshot import (
-    Clip,
-    class_names,
-    embeddings,
-    fit_affine,
-    load_clip,
-    logits,
-    templates_of,
-    text_weights,
-)
+from fd_scale.evaluate.zeroshot import class_names, logits, templates_of, text_weights
 from fd_scale.objective.targets import whiten
 from fd_scale.pixels import normalise
 from tests.teachers.tiny import CLIP_VISION, pixels, shaken

@@ -30,7 +30,7 @@ from fd_scale.run.recipe import Recipe
 from fd_scale.run.scale import Resolved
 from fd_scale.run.world import World
 from fd_scale.student import Student, build_student
-from fd_scale.teachers import Guest, Teacher, difference, load
+from fd_scale.teachers import Guest, Teacher, difference, load, targets
 from fd_scale.teachers.sharded import placed
 
 log = logging.getLogger("fd_scale")
@@ -90,7 +90,7 @@ class Distillation:
         distance."""
         pixels = training.on_device(batch, self.device)
         valid = batch.valid.to(self.device, non_blocking=True)
-        taught = [guest(pixels) for guest in self.guests]
+        taught = targets(self.guests, pixels)
         predicted = engine(pixels[self.student_size])
         return self.objective(predicted, taught, valid)
 
@@ -102,13 +102,19 @@ class Distillation:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Whose features are learnt."""
-        return {"teacher": self.teachers[0].fingerprint}
+        """Whose features are learnt, and by which matrix its embedding is reached, if that is learnt too."""
+        learnt: dict[str, Any] = {"teacher": self.teachers[0].fingerprint}
+        projection = self.teachers[0].projection
+        if self.module.embedder is not None and projection is not None:
+            learnt["projection"] = projection.sha256
+        return learnt
 
     def resume(self, facts: Mapping[str, Any], checkpoint: Path) -> None:
         """Raise ``RunError`` for a checkpoint that was made with another teacher."""
         if differences := difference(facts["teacher"], self.teachers[0].fingerprint):
             raise RunError(f"{checkpoint} was made with another teacher: {'; '.join(differences)}")
+        if facts.get("projection") != self.facts.get("projection"):
+            raise RunError(f"{checkpoint} was made with another projection of its teacher's class token")
 
     def figures(self, run: training.Run, step: int) -> dict[str, float]:
         """What ``watch`` measures, if there is one."""

@@ -25,6 +25,10 @@ from fd_scale.run.recipe import Recipe, Student
 from fd_scale.student import build_backbone, loading_recipe
 
 BACKBONE = "backbone."
+EMBEDDER = "embedder."
+"""Before the names of the head to CLIP's embedding."""
+EMBEDDING_SUFFIX = ".embedding.safetensors"
+"""Of the file beside the weights that holds this head, where the run has one."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ def export(run: Path, *, step: int | None = None, average: bool = False) -> Expo
     partial = weights.with_suffix(".partial")
     save_file(tensors, partial, metadata=_metadata(recipe, checkpoint, loading, average=average))
     partial.replace(weights)
+    if head := embedder_tensors(checkpoint, average=average):
+        beside = embedding_file(weights)
+        save_file(head, partial)
+        partial.replace(beside)
     card = weights.with_suffix(".md")
     kind = f"moving average, decay {recipe.optim.average_decay:g} per step; float32" if average else "float32"
     write_atomically(card, _card(recipe, checkpoint, loading, weights, kind, _last_metrics(folder)))
@@ -67,6 +75,19 @@ def student_tensors(checkpoint: Checkpoint, *, average: bool = False) -> dict[st
     tensors = {name.removeprefix(BACKBONE): pieces.whole(kind, name) for name in names}
     buffers = {name: value for name, value in pieces.buffers().items() if name.startswith(BACKBONE)}
     return tensors | {name.removeprefix(BACKBONE): value.contiguous() for name, value in buffers.items()}
+
+
+def embedder_tensors(checkpoint: Checkpoint, *, average: bool = False) -> dict[str, Tensor]:
+    """``weight`` (E, D) and ``bias`` (E,) of the head to CLIP's embedding; empty for a run without one. With
+    ``average`` as of ``student_tensors``."""
+    pieces, kind = Pieces(checkpoint), kind_of_weights(checkpoint, average=average)
+    names = [name for name in checkpoint.manifest["parameters"] if name.startswith(EMBEDDER)]
+    return {name.removeprefix(EMBEDDER): pieces.whole(kind, name) for name in names}
+
+
+def embedding_file(weights: Path) -> Path:
+    """Where the head to CLIP's embedding lies beside exported weights."""
+    return weights.with_name(weights.stem + EMBEDDING_SUFFIX)
 
 
 def choose(folder: RunFolder, step: int | None) -> Checkpoint:
@@ -127,7 +148,7 @@ A `{recipe.student.architecture}` student, distilled from `{recipe.teacher.archi
 ```
 
 Input: {recipe.student.input_size} px, normalised with ImageNet's mean and standard deviation.
-Weights: {kind}.
+Weights: {kind}.{_embedding_words(checkpoint, weights)}
 
 ## Teacher
 
@@ -153,6 +174,16 @@ Weights: {kind}.
 {recipe.to_json().strip()}
 ```
 """
+
+
+def _embedding_words(checkpoint: Checkpoint, weights: Path) -> str:
+    if not embedder_tensors(checkpoint):
+        return ""
+    name = embedding_file(weights).name
+    return f"""
+
+`{name}` takes the class token (or the mean patch of a network without one) to its teacher's joint
+embedding of images and texts: `class_token @ weight.T + bias`, compared by cosine."""
 
 
 def _loading_code(loading: dict[str, Any], file: str) -> str:

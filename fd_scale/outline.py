@@ -74,6 +74,9 @@ def _networks_rows(recipe: Recipe, teacher: Teacher, student: Student) -> Iterat
         "objective",
         f"{objective.granularity} map, target {objective.target}, smooth L1, beta {objective.beta:g}",
     )
+    if student.embedder is not None:
+        count = _count(student.embedder)
+        yield "embedding", f"cosine, weight {objective.embedding_weight:g}, by a head of {count} parameters"
     yield "class token", f"{objective.cls}, weight {objective.cls_weight:g} ({objective.normaliser})"
 
 

@@ -1,12 +1,13 @@
 """The student: a backbone, one projector per teacher, and the front door for pixels.
 
-It is what the engine trains. Parameter names are ``backbone.*``, under the architecture's own names, and
-``projectors.<n>.*``. Teachers and the loss stay outside; of a teacher only the form of its map is used.
+It is what the engine trains. Parameter names are ``backbone.*``, under the architecture's own names,
+``projectors.<n>.*``, and ``embedder.*`` where a recipe keeps CLIP's embedding. Teachers and the loss stay
+outside; of a teacher only the form of its map is used.
 
 The student sees pixels by ImageNet's mean and std whatever its teachers see, as in the released code: they
 belong to the student, which outlives its teachers.
 
-Shape letters: B images, N tokens, M selected tokens, D channels.
+Shape letters: B images, N tokens, M selected tokens, D channels, E CLIP's joint embedding.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import models
 from fd_scale import timm_maps
 from fd_scale.errors import RecipeError
+from fd_scale.objective.features import Features
 from fd_scale.objective.targets import has_class_token, mean_as_class, select
 from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from fd_scale.run import recipe as recipes
@@ -30,6 +32,14 @@ from models.vit import VisionTransformer, export_hint
 TIMM = "timm:"
 POOLED = (1, 1)
 """The grid of a class token or a mean patch that is regressed alone."""
+
+
+class Projection(Protocol):
+    """What a student needs to know of CLIP's projection."""
+
+    @property
+    def width(self) -> int:
+        """Channels of the joint embedding."""
 
 
 class MapLike(Protocol):
@@ -51,6 +61,10 @@ class MapLike(Protocol):
     def num_prefix_tokens(self) -> int:
         """Tokens before the grid; 0 when there is no class token."""
 
+    @property
+    def projection(self) -> Projection | None:
+        """A CLIP's, from its class token to the joint embedding."""
+
 
 class Student(nn.Module):
     """uint8 pixels (B, 3, S, S) to the tokens (B, M, D) that each teacher's are compared with.
@@ -69,30 +83,39 @@ class Student(nn.Module):
         *,
         input_size: int,
         objective: recipes.Objective,
+        embedder: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projectors = nn.ModuleList(projectors)
+        self.embedder = embedder
         self.form = form
         self.input_size = input_size
         self.objective = objective
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """One projected map per teacher, in the dtype of the parameters (or of autocast)."""
+        """One projected map per teacher, and last the embedding (B, 1, E) where there is a head for it, in
+        the dtype of the parameters (or of autocast)."""
         dtype = next(self.parameters()).dtype
         # Through the backbone's own call: ZeRO gathers a module's parameters when it is called.
         output = self.backbone(normalise(pixels, self.mean, self.std, dtype))
         features = timm_maps.as_features(output, self.form)
+        embeddings = () if self.embedder is None else (self.embedder(image_token(features)[:, None]),)
         granularity, cls = self.objective.granularity, self.objective.cls
         if cls == "mean" and has_class_token(granularity=granularity, cls=cls):
             features = mean_as_class(features)
         # Selected first, since a linear map commutes with it: nothing is projected that is not regressed.
         tokens_BMD = select(features, granularity=granularity, cls=cls)
-        return tuple(projector(tokens_BMD) for projector in self.projectors)
+        return (*(projector(tokens_BMD) for projector in self.projectors), *embeddings)
 
     def set_grad_checkpointing(self, enable: bool = True, **granularity: Any) -> None:
         """Recompute the backbone's blocks in the backward pass; see ``recompute``."""
         recompute(self.backbone, enable, **granularity)
+
+
+def image_token(features: Features) -> Tensor:
+    """What stands for the whole image (B, D): the class token, or the mean patch where there is none."""
+    return features.tokens_BND[:, 0] if features.num_prefix_tokens else features.patches_BND.mean(dim=1)
 
 
 def recompute(backbone: nn.Module, enable: bool = True, **granularity: Any) -> None:
@@ -126,7 +149,14 @@ def build_student(recipe: recipes.Recipe, teachers: Sequence[MapLike]) -> Studen
     form = map_form(backbone, recipe.student)
     _check_class_tokens(recipe.student, objective, form, teachers)
     projectors = [_projector(recipe, form, teacher) for teacher in teachers]
-    return Student(backbone, form, projectors, input_size=recipe.student.input_size, objective=objective)
+    return Student(
+        backbone,
+        form,
+        projectors,
+        input_size=recipe.student.input_size,
+        objective=objective,
+        embedder=_embedder(objective, form, teachers),
+    )
 
 
 def build_backbone(spec: recipes.Student) -> nn.Module:
@@ -261,6 +291,19 @@ def _projector(recipe: recipes.Recipe, form: MapForm, teacher: MapLike) -> Proje
         num_prefix_tokens=int(has_class_token(granularity="full", cls=objective.cls)),
         resample=objective.grid,
     )
+
+
+def _embedder(objective: recipes.Objective, form: MapForm, teachers: Sequence[MapLike]) -> nn.Linear | None:
+    """The head to the first teacher's embedding. Raises ``RecipeError`` for a teacher that has none."""
+    if not objective.embedding_weight or not teachers:
+        return None
+    if teachers[0].projection is None:
+        raise RecipeError(
+            f"objective.embedding_weight={objective.embedding_weight:g} regresses CLIP's embedding, but "
+            f"{teachers[0].name} is no CLIP with a projection of its class token: set it to 0, or choose "
+            "another teacher"
+        )
+    return nn.Linear(form.width, teachers[0].projection.width)
 
 
 def _unequal_grids(spec: recipes.Student, form: MapForm, teacher: MapLike) -> str:

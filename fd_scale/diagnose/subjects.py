@@ -26,7 +26,7 @@ from fd_scale.pixels import normalise
 from fd_scale.run import recipe as recipes
 from fd_scale.run.folder import RunFolder
 from fd_scale.student import Student, build_student
-from fd_scale.teachers import Guest, Teacher, difference
+from fd_scale.teachers import Guest, Teacher, difference, targets
 from fd_scale.teachers.timm import load_classifier
 
 TEACHER, NONE = "teacher", "none"
@@ -54,8 +54,8 @@ class Distillation:
         return self.loss(self.student(pixels[self.student.input_size]), self.taught(pixels))
 
     def taught(self, pixels: Mapping[int, Tensor]) -> list[Tensor]:
-        """The tokens (B, M, D) of each teacher."""
-        return [guest(pixels) for guest in self.guests]
+        """The tokens (B, M, D) of each teacher, and the embedding of a run that keeps it."""
+        return targets(self.guests, pixels)
 
     def loss(self, predicted: Sequence[Tensor], taught: Sequence[Tensor]) -> Tensor:
         """The sum over images of the loss of tokens (B, M, D) per teacher, float64, as a scalar."""

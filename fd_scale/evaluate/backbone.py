@@ -8,7 +8,7 @@ Shape letters: B images, N tokens, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fd_scale import timm_maps
 from fd_scale.evaluate.inside import laid_out_as, norm_of, noting_input, resampled, stages
 from fd_scale.evaluate.naming import EMA
-from fd_scale.export import choose, load_student, student_tensors
+from fd_scale.export import choose, embedder_tensors, embedding_file, load_student, student_tensors
 from fd_scale.objective.features import Features
 from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from fd_scale.run import recipe as recipes
@@ -56,7 +57,8 @@ class Backbone:
     network: nn.Module
     """What runs in it."""
     project: Callable[[Tensor], Tensor] | None = None
-    """The class token (B, D) to CLIP's joint embedding (B, E), where the network has such a head."""
+    """The class token, or the mean patch where there is none, (B, D) to CLIP's joint embedding (B, E), where
+    the network has such a head."""
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor, *, normed: bool = True) -> Features:
@@ -90,7 +92,9 @@ class Backbone:
         """One vector per image (B, D) by kind: ``cls`` where there is a class token, ``gap``, and
         ``projected`` where the class token has a projection to CLIP's joint embedding."""
         found = pool(self.tokens(pixels))
-        return found if self.project is None else found | {PROJECTED: self.project(found[CLS])}
+        if self.project is not None:
+            found[PROJECTED] = self.project(found.get(CLS, found[GAP]))
+        return found
 
     def _entering(self, pixels: Tensor) -> Tensor:
         if pixels.shape[-2:] != (self.input_size, self.input_size):
@@ -133,6 +137,7 @@ def of_student(student: Student, *, name: str = "student") -> Backbone:
         name=name,
         input_size=student.input_size,
         architecture=type(student.backbone).__name__,
+        project=student.embedder,
     )
 
 
@@ -141,12 +146,14 @@ def of_export(weights: Path, *, name: str | None = None, device: torch.device | 
     network = load_student(weights).to(device)
     with safe_open(weights, framework="pt") as file:
         spec = recipes.Student.model_validate_json(file.metadata()["student"])
+    beside = embedding_file(weights)
     return of_network(
         network,
         map_form(network, spec),
         name=name or weights.stem,
         input_size=spec.input_size,
         architecture=spec.architecture,
+        project=_embedder(load_file(beside) if beside.is_file() else {}, device),
     )
 
 
@@ -170,7 +177,18 @@ def of_run(
         name=f"{folder.path.resolve().name}{EMA * average}@{checkpoint.step}",
         input_size=spec.input_size,
         architecture=spec.architecture,
+        project=_embedder(embedder_tensors(checkpoint, average=average), device),
     )
+
+
+def _embedder(tensors: Mapping[str, Tensor], device: torch.device | str) -> nn.Linear | None:
+    """The head to CLIP's embedding, or None where there is none."""
+    if not tensors:
+        return None
+    width, channels = tensors["weight"].shape
+    head = nn.Linear(channels, width).requires_grad_(False)
+    head.load_state_dict(dict(tensors))
+    return head.to(device)
 
 
 def of_network(
@@ -182,6 +200,7 @@ def of_network(
     architecture: str,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
+    project: nn.Module | None = None,
     **facts: Any,
 ) -> Backbone:
     """A network whose own call gives its map, as students are; ``facts`` go into its fingerprint."""
@@ -203,6 +222,7 @@ def of_network(
         values=lambda pixels: normalise(pixels, mean, std, parameter.dtype),
         read=lambda values: timm_maps.as_features(network(values), form),
         network=network,
+        project=project,
     )
 
 

@@ -4,7 +4,8 @@ The text side is open_clip's. CLIP itself is asked as it is. A student distilled
 projector, CLIP's class token as the recipe normalised it: a whitened target has lost each token's mean and
 scale, and cosines forgive the scale only. So there are two modes, and both are reported: ``direct`` projects
 what the student gives, ``destandardised`` first maps each channel affinely to CLIP's own, fitted by least
-squares on training images. What is asked is the business of ``zeroshot.py`` and ``retrieval.py``.
+squares on training images. A student that learnt the embedding itself (``objective.embedding_weight``) is
+asked by that head too: ``projected``. What is asked is the business of ``zeroshot.py`` and ``retrieval.py``.
 
 Shape letters: B images, D channels, E the joint embedding.
 """
@@ -126,17 +127,24 @@ class ClipStudent:
         """CLIP's class token (B, D) as the recipe normalised it."""
         return self.student(pixels)[0][:, 0]
 
+    @torch.no_grad()
+    def embeddings(self, pixels: Tensor) -> Tensor:
+        """CLIP's embedding (B, E) by the student's own head."""
+        return self.student(pixels)[-1][:, 0]
+
 
 def clip_student(
     folder: RunFolder, *, step: int | None, device: torch.device, average: bool = False
 ) -> ClipStudent:
     """The student of a run with its first projector; with ``average`` the moving average of its weights.
 
-    Raises ``EvaluationError`` for a recipe that regressed no class token, and the errors of runs.
+    Raises ``EvaluationError`` for a recipe that regressed neither class token nor embedding, and the errors
+    of runs.
     """
     recipe = folder.read_recipe()
     objective = recipe.objective
-    if not has_class_token(granularity=objective.granularity, cls=objective.cls):
+    has_class = has_class_token(granularity=objective.granularity, cls=objective.cls)
+    if not has_class and not objective.embedding_weight:
         raise EvaluationError(
             f"{folder.path} did not regress its teacher's class token (objective.granularity="
             f"{objective.granularity!r}, objective.cls={objective.cls!r}): nothing to ask in words"
@@ -175,10 +183,17 @@ def fit_affine(given_ND: Tensor, wanted_ND: Tensor) -> Affine:
 
 
 def embeddings(student: ClipStudent, clip: Clip, train: ShardSet | None, world: World) -> dict[str, Embed]:
-    """How a student's images are embedded, by mode. Collective.
+    """How a student's images are embedded, by mode; ``projected`` first, as it is what a recipe with such a
+    head is for. Collective.
 
     Raises ``EvaluationError`` for a CLIP of another width than the student's teacher.
     """
+    modes: dict[str, Embed] = {}
+    if student.student.embedder is not None:
+        modes["projected"] = _checked_embedder(student, clip)
+    objective = student.student.objective
+    if not has_class_token(granularity=objective.granularity, cls=objective.cls):
+        return modes
     projection_DE = clip.projection_DE
     width = student.student.projectors[0].linear.out_features  # type: ignore[union-attr]
     if projection_DE.shape[0] != width:
@@ -186,11 +201,21 @@ def embeddings(student: ClipStudent, clip: Clip, train: ShardSet | None, world: 
             f"{student.name} gives class tokens of {width} channels, and {clip.name} projects "
             f"{projection_DE.shape[0]}: give the CLIP that was its teacher (--clip)"
         )
-    modes: dict[str, Embed] = {"direct": lambda pixels: student.tokens(pixels) @ projection_DE}
+    modes["direct"] = lambda pixels: student.tokens(pixels) @ projection_DE
     if train is not None:
         affine = _fitted(student, train, world)
         modes["destandardised"] = lambda pixels: affine(student.tokens(pixels)) @ projection_DE
     return modes
+
+
+def _checked_embedder(student: ClipStudent, clip: Clip) -> Embed:
+    head = student.student.embedder
+    if head is not None and head.out_features != clip.width:
+        raise EvaluationError(
+            f"{student.name} embeds images in {head.out_features} channels, and {clip.name} texts in "
+            f"{clip.width}: give the CLIP that was its teacher (--clip)"
+        )
+    return student.embeddings
 
 
 def _fitted(student: ClipStudent, train: ShardSet, world: World) -> Affine:

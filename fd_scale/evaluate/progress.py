@@ -75,7 +75,8 @@ class Progress:
         try:
             for pixels, valid, named in self.batches(task, run.resolved.micro_batch):
                 seen.clear()
-                predicted = run.engine(pixels[task.student_size])
+                # A recipe may have the embedding beside the maps; what is explained is of the maps.
+                predicted = run.engine(pixels[task.student_size])[: len(task.guests)]
                 taught = [guest(pixels) for guest in task.guests]
                 first = task.teachers[0]
                 shown = None if self.teacher else first.features(pixels[first.input_size])

@@ -148,10 +148,10 @@ def _difference(before: Record | None, after: Record | None) -> str:
 
 
 def _columns(record: Record) -> list[str]:
-    """Where a record stands. CLIP's own zero-shot is what both modes of its students are compared with."""
+    """Where a record stands. CLIP's own zero-shot is what all modes of its students are compared with."""
     mode = record.facts.get("mode")
     if mode == "clip":
-        return [f"{record.task} {other}" for other in ("direct", "destandardised")]
+        return [f"{record.task} {other}" for other in ("projected", "direct", "destandardised")]
     return [f"{record.task} {mode or record.feature}"]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fd_scale.objective import kernels
@@ -91,17 +92,22 @@ class Objective:
         self.spec = spec
 
     def __call__(self, predicted: Sequence[Tensor], taught: Sequence[Tensor], valid_B: Tensor) -> Tensor:
-        """The mean over teachers, as a scalar (float32; float64 for float64 tokens).
+        """The mean over teachers, as a scalar (float32; float64 for float64 tokens), plus the weighted
+        distance of the embedding, where the recipe has one.
 
-        ``predicted`` and ``taught`` hold (B, M, D) per teacher, as ``targets.select`` lays them out;
+        ``predicted`` and ``taught`` hold (B, M, D) per teacher, as ``targets.select`` lays them out, and the
+        embedding (B, 1, E) last;
         ``valid_B`` is False for images that stand in for unreadable ones. The sum is divided by the whole
         batch, so that an invalid image adds nothing and the gradients of all others stay what they are, on
         any number of processes.
         """
         if len(predicted) != len(taught) or not predicted:
             raise ValueError(f"{len(predicted)} predicted maps do not pair with {len(taught)} teacher maps")
-        losses = [self._one(p_BMD, t_BMD, valid_B) for p_BMD, t_BMD in zip(predicted, taught, strict=True)]
-        return torch.stack(losses).mean()
+        pairs = list(zip(predicted, taught, strict=True))
+        weight = self.spec.embedding_weight
+        maps = pairs[:-1] if weight else pairs
+        loss = torch.stack([self._one(p_BMD, t_BMD, valid_B) for p_BMD, t_BMD in maps]).mean()
+        return loss + weight * cosine_distance(*pairs[-1], valid_B) if weight else loss
 
     def _one(self, predicted_BMD: Tensor, taught_BMD: Tensor, valid_B: Tensor) -> Tensor:
         if valid_B.dtype != torch.bool or valid_B.shape != predicted_BMD.shape[:1]:
@@ -127,6 +133,22 @@ class Objective:
             weight_M[0] = self.spec.cls_weight
             total += self.spec.cls_weight - 1
         return weight_M * (num_tokens / total) if self.spec.normaliser == "weighted_mean" else weight_M
+
+
+def cosine_distance(prediction_BND: Tensor, teacher_BND: Tensor, valid_B: Tensor) -> Tensor:
+    """The mean over the whole batch of 1 - cosine, as a scalar; an invalid image adds nothing.
+
+    Computed in float32 at least. The gradient reaches the prediction alone. Zero-shot logits are cosines, so
+    that what a length could say is not asked for.
+    """
+    dtype = working_dtype(prediction_BND, teacher_BND)
+    valid_B11 = valid_B.to(prediction_BND.device, non_blocking=True)[:, None, None]
+    with torch.autocast(prediction_BND.device.type, enabled=False):
+        # Chosen before, not after, so that a NaN of an invalid image has no gradient either.
+        predicted = torch.where(valid_B11, prediction_BND.to(dtype), 1)
+        taught = torch.where(valid_B11, teacher_BND.detach().to(dtype), 1)
+        distance_BN = 1 - F.cosine_similarity(predicted, taught, dim=-1)
+        return torch.where(valid_B11[..., 0], distance_BN, 0).mean()
 
 
 def _smooth_l1(difference: Tensor, beta: float) -> Tensor:

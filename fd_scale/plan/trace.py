@@ -10,7 +10,7 @@ Shape letters: B images, N tokens, D channels, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,11 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from fd_scale.objective import Objective, kernels
+from fd_scale.objective.losses import cosine_distance
 from fd_scale.plan.ledger import Ledger, Work
 from fd_scale.plan.networks import without_storage
 from fd_scale.run.recipe import Recipe
 from fd_scale.student import Student
-from fd_scale.teachers import Guest, Teacher
+from fd_scale.teachers import Guest, Teacher, targets
 
 Device = Literal["cuda", "cpu"]
 
@@ -145,8 +146,9 @@ class Networks:
             }
             valid = torch.empty(micro_batch, dtype=torch.bool, device=device)
         with ledger.during(TEACHER):
-            taught = Guest(self.teacher, self.recipe.objective)(pixels)
-            ledger.relabel(taught, MAPS)
+            taught = targets([Guest(self.teacher, self.recipe.objective)], pixels)
+            for tokens in taught:
+                ledger.relabel(tokens, MAPS)
         with ledger.during(FORWARD):
             predicted = self.student(pixels[self.student.input_size])
             kept = ledger.holding()
@@ -161,14 +163,17 @@ class Networks:
             micro_batch, kept, ledger.peak_bytes, phase, at_peak, ledger.live_bytes, dict(ledger.work)
         )
 
-    def _loss(self, predicted: tuple[Tensor, ...], taught: Tensor, valid: Tensor) -> Tensor:
+    def _loss(self, predicted: tuple[Tensor, ...], taught: Sequence[Tensor], valid: Tensor) -> Tensor:
         objective = self.recipe.objective
         if self.device == "cpu":
-            return Objective(objective)(predicted, [taught], valid)
-        weight_BN = valid[:, None].float().expand(taught.shape[:2])
-        return kernels.whitened_smooth_l1(
-            predicted[0], taught, beta=objective.beta, target=objective.target, token_weight=weight_BN
+            return Objective(objective)(predicted, taught, valid)
+        weight_BN = valid[:, None].float().expand(taught[0].shape[:2])
+        loss: Tensor = kernels.whitened_smooth_l1(
+            predicted[0], taught[0], beta=objective.beta, target=objective.target, token_weight=weight_BN
         ).value
+        if objective.embedding_weight:
+            loss = loss + objective.embedding_weight * cosine_distance(predicted[-1], taught[-1], valid)
+        return loss
 
 
 def run_backward(loss: Tensor) -> None:
@@ -242,8 +247,10 @@ def part_name(name: str, module: nn.Module) -> str:
     if type(module).__name__.endswith("Attention"):
         return f"attention of {_place(name)}"
     words = name.split(".")
-    if name == "projectors" or words[0] == "projectors":
+    if words[0] == "projectors":
         return "projector" if len(words) == 2 else ""
+    if name == "embedder":
+        return "projector"
     is_block = len(words) == 3 and words[1] in ("blocks", "layers", "stages")
     is_child = len(words) == 2 and words[1] not in ("blocks", "layers", "stages", "rel_pos_bias")
     return _place(name) if words[0] == "backbone" and (is_block or is_child) else ""

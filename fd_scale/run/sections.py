@@ -120,6 +120,9 @@ class Objective(Section):
     """The teacher's class token: regressed by the student's, left out, or by the student's mean patch."""
     cls_weight: PositiveFloat = 10.0
     """Weight of the class token in the full map (ICCV text; the released code has 1)."""
+    embedding_weight: float = Field(default=0.0, ge=0)
+    """Weight of a second target beside the map: the class token of a CLIP as it enters the joint embedding,
+    by its cosine, through a head of its own, so that zero-shot survives (ours). 0 for none."""
     normaliser: Literal["mean", "weighted_mean"] = "mean"
     """Divide the weighted sum by the number of elements, or by the sum of their weights."""
     grid: Literal["exact", "bilinear", "bicubic"] = "exact"

@@ -14,9 +14,9 @@ import torch
 from fd_scale.run import recipe as recipes
 from fd_scale.teachers.fingerprint import difference
 from fd_scale.teachers.frozen import Teacher
-from fd_scale.teachers.guests import Guest
+from fd_scale.teachers.guests import Guest, targets
 
-__all__ = ["Guest", "Teacher", "difference", "load"]
+__all__ = ["Guest", "Teacher", "difference", "load", "targets"]
 
 LIBRARIES: Mapping[str, str] = {
     "timm": "fd_scale.teachers.timm",

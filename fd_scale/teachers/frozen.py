@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fd_scale.errors import TeacherError
 from fd_scale.objective.features import Features
 from fd_scale.pixels import normalise
-from fd_scale.teachers.fingerprint import fingerprint
+from fd_scale.teachers.fingerprint import digest, fingerprint
 
 Read = Callable[[nn.Module, Tensor], Features]
 """A network and normalised pixels (B, 3, S, S) to its map, after the final norm on all tokens and before any
@@ -38,6 +38,11 @@ class Projection:
     def width(self) -> int:
         """Channels of the joint embedding."""
         return self.weight_DE.shape[1]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the matrix."""
+        return digest({"projection": self.weight_DE})
 
 
 @dataclass(frozen=True, eq=False)

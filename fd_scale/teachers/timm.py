@@ -46,7 +46,7 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
         network = _loaded(spec, where, tag, arguments, seed)
     except ArchitectureError as error:
         raise TeacherError(f"{error} (teacher.architecture, teacher.arguments)") from error
-    projection_DE = _projection(network, spec.architecture, where, tag)
+    projection_DE = _projection(network, spec.architecture, where, tag, seed)
     network.reset_classifier(0)  # type: ignore[operator]
     settings: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     return freeze(
@@ -66,19 +66,38 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
     )
 
 
-def _projection(network: nn.Module, architecture: str, where: Source, tag: str | None) -> Tensor | None:
+def _projection(
+    network: nn.Module, architecture: str, where: Source, tag: str | None, seed: int
+) -> Tensor | None:
     """CLIP's projection of its class token, which timm keeps as the classifier of CLIP's own weights; None
-    for other networks and for weights that were fine-tuned or are random."""
+    for other networks and for weights that were fine-tuned."""
     if CLIP not in architecture:
         return None
     if where.path is not None:
         return weights.read(where).tensors.get(f"{VISUAL}proj")
+    if where.is_random:
+        return _random_projection(network, architecture, seed)
     head = getattr(network, "head", None)
     if tag is None or FINE_TUNED in tag or not isinstance(head, nn.Linear):
         return None
     # Only where logits are the projected class token: pooled by it, and without a bias.
     by_class = getattr(network, "global_pool", None) == "token"
     return head.weight.T if by_class and (head.bias is None or not head.bias.any()) else None
+
+
+def _random_projection(network: nn.Module, architecture: str, seed: int) -> Tensor | None:
+    """For trials, of the width that CLIP's own weights have."""
+    widths = [
+        int(settings.num_classes)
+        for name, settings in get_arch_pretrained_cfgs(architecture).items()
+        if FINE_TUNED not in name
+    ]
+    if not widths:
+        return None
+    # On the CPU also where the network is only outlined.
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    width = int(network.num_features)  # type: ignore[arg-type]
+    return torch.randn(width, widths[0], generator=generator, device="cpu") / width**0.5
 
 
 def load_classifier(spec: recipes.Teacher, *, device: torch.device) -> nn.Module:

@@ -22,6 +22,7 @@ from fd_scale.evaluate.naming import SourceError
 from fd_scale.evaluate.zeroshot import class_names, logits, templates_of, text_weights
 from fd_scale.objective.targets import whiten
 from fd_scale.pixels import normalise
+from fd_scale.run import recipe as recipes
 from tests.teachers.tiny import CLIP_VISION, pixels, shaken
 
 SIDE, WORDS = 32, 50
@@ -83,7 +84,10 @@ def student(clip: Clip, give: Any) -> Any:
         input_size=SIDE, features=lambda seen: SimpleNamespace(tokens_BND=taught(seen)[:, None])
     )
     network = SimpleNamespace(
-        input_size=SIDE, projectors=[SimpleNamespace(linear=SimpleNamespace(out_features=width))]
+        input_size=SIDE,
+        projectors=[SimpleNamespace(linear=SimpleNamespace(out_features=width))],
+        embedder=None,
+        objective=recipes.Objective(),
     )
     return SimpleNamespace(
         student=network, teacher=teacher, name="student", tokens=lambda seen: give(taught(seen))

@@ -280,6 +280,29 @@ def test_objective_weights_the_class_token(normaliser: Any, cls: Any) -> None:
     assert relative(predicted[0].grad, answer.prediction) < 1e-12
 
 
+@pytest.mark.parametrize("num_maps", [1, 2])
+def test_the_embedding_is_added_by_its_cosine(num_maps: int) -> None:
+    predicted, taught = maps(num_maps)
+    given, wanted = tokens(30, 4, 1, 9).requires_grad_(), tokens(31, 4, 1, 9)
+    valid = torch.tensor([True, False, True, True])
+    wanted[1] = float("nan")
+    plain = Objective(recipes.Objective())(predicted, taught, valid)
+    spec = recipes.Objective(embedding_weight=0.25)
+    loss = Objective(spec)([*predicted, given], [*taught, wanted], valid)
+    loss.backward()
+    first, second = given.detach().numpy()[:, 0], wanted.numpy()[:, 0]
+    lengths = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
+    cosine = (first * second).sum(1) / (lengths[0] * lengths[1])
+    distance = np.where(valid.numpy(), 1 - cosine, 0).mean()
+    # The derivative of -cosine, over the batch, with its weight.
+    towards = second / lengths[1][:, None] - cosine[:, None] * first / lengths[0][:, None]
+    slope = np.where(valid.numpy()[:, None], -0.25 * towards / lengths[0][:, None] / 4, 0)
+    # float64 throughout: 2e-15 seen, of a difference of two losses.
+    assert relative(loss - plain.detach(), np.asarray(0.25 * distance)) < 1e-12
+    assert given.grad is not None
+    assert relative(given.grad[:, 0], slope) < 1e-12
+
+
 @pytest.mark.parametrize("granularity", ["cls", "gap"])
 def test_objective_does_not_weight_a_lone_token(granularity: Any) -> None:
     predicted, taught = maps(1, num_tokens=1)

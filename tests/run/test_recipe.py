@@ -191,6 +191,7 @@ CHANGES = {
     "objective.beta": 1.0,
     "objective.cls": "drop",
     "objective.cls_weight": 1.0,
+    "objective.embedding_weight": 0.5,
     "objective.normaliser": "weighted_mean",
     "objective.grid": "bilinear",
     "optim.lr": 1e-3,

@@ -113,7 +113,10 @@ class Task(Protocol):
         """What the networks give for a batch, (B, ...) by name: where to look for what is not finite."""
 
     def figures(self, run: Run, step: int) -> dict[str, float]:
-        """What is measured when ``step`` steps are done, to be logged; nothing at most steps. Collective."""
+        """What is measured when ``step`` steps are done, to be logged; nothing at most steps. Collective.
+
+        What takes long calls ``run.beat`` as it goes on, lest it be taken for a hang.
+        """
 
     def finish(self, run: Run) -> None:
         """What is done once, after the last step was saved. Collective."""
@@ -138,6 +141,7 @@ class Run:
             average_decay=task.average_decay,
         )
         self.started_at = 0
+        self.beat: Callable[[str], None] = _nobody_watches
         # Last, for nothing was written so far, and a start that fails on its input has nothing to give back.
         self.lease = Lease(self.folder.path)
         world.on_main(lambda: self.lease.take(log.warning))
@@ -160,6 +164,7 @@ class Run:
             return self.finish()
         self.announce("RUNNING")
         watchdog = self.watchdog()
+        self.beat = watchdog.beat
         stop = StopRequest()
         reporter = Reporter(
             self.folder,
@@ -176,6 +181,7 @@ class Run:
         saver.save(self.engine, self.facts)
         saver.wait()
         watchdog.stop()
+        self.beat = _nobody_watches
         if received and self.engine.step_number < self.recipe.steps:
             name = signal.Signals(received).name
             log.info(
@@ -352,6 +358,10 @@ class Run:
             f"last one step {step}; not finite there: {seen}. Lower optim.lr, look at these samples, or try "
             "another precision; the last checkpoint is intact"
         )
+
+
+def _nobody_watches(where: str) -> None:
+    """``Run.beat`` before and after the steps."""
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[int, Tensor]:

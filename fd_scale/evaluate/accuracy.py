@@ -43,8 +43,10 @@ def measure(
     crop_pct: float,
     batch: int,
     workers: int = 0,
+    beat: Callable[[str], None] | None = None,
 ) -> Accuracy:
-    """Accuracy on all of ``shards``, of views of ``size`` pixels. Collective.
+    """Accuracy on all of ``shards``, of views of ``size`` pixels; ``beat`` is called after every batch.
+    Collective.
 
     Raises ``EvaluationError`` where no sample can be read, and for a label that there is no logit for.
     """
@@ -62,6 +64,8 @@ def measure(
     for part in batches:
         logits_BC = predict(part.pixels[size].to(world.device)).float().cpu()
         done += 1
+        if beat is not None:
+            beat(f"batch {done} of a measurement")
         valid = part.valid
         labels = torch.as_tensor(part.labels)[valid]
         counts += torch.tensor([*_hits(logits_BC[valid], labels), len(labels), int((~valid).sum())])

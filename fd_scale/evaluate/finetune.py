@@ -204,6 +204,7 @@ class FineTuning:
                 crop_pct=self.recipe.measure.crop_pct,
                 batch=run.resolved.micro_batch,
                 workers=self.recipe.run.workers,
+                beat=run.beat,
             )
         finally:
             engine.module.train()

@@ -75,6 +75,7 @@ class Progress:
         try:
             for pixels, valid, named in self.batches(task, run.resolved.micro_batch):
                 seen.clear()
+                run.beat("a batch of the probe")
                 # A recipe may have the embedding beside the maps; what is explained is of the maps.
                 predicted = run.engine(pixels[task.student_size])[: len(task.guests)]
                 taught = [guest(pixels) for guest in task.guests]

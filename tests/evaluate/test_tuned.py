@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fd_scale.evaluate.source import open_source
 from fd_scale.evaluate.start import prepare
 from fd_scale.evaluate.tuned import load
 from fd_scale.run.transfer import Start, TransferRecipe
+from fd_scale.run.watchdog import Watchdog
 from fd_scale.run.world import World
 from tests.evaluate.test_backbone import pixels
 from tests.evaluate.test_finetune import SIDE, data, recipe  # noqa: F401
@@ -25,7 +27,12 @@ from tests.spawn import spawn
 
 
 def tune(world: World, asked: TransferRecipe) -> None:
-    assert training.drive(partial(finetune._prepared, asked, []), world) == 0
+    """A run, whose measurements between its steps feed the watchdog of the steps."""
+    heard: list[str] = []
+    with mock.patch.object(Watchdog, "beat", lambda _, where: heard.append(where)):
+        assert training.drive(partial(finetune._prepared, asked, []), world) == 0
+    assert heard.count("batch 1 of a measurement") == 1
+    assert heard.index("batch 1 of a measurement") < heard.index("the last step")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +43,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: 
         "schedule.images": 32,
         "schedule.warmup_images": 0,
         "optim.lr": 1e-2,
+        "data.held_out": str(data / "held_out"),
     }
     asked = recipe(data, tmp_path_factory.mktemp("tuned"), **changes)
     spawn(tune, 1, asked)

@@ -258,6 +258,20 @@ def test_a_wandb_that_is_not_there_is_said(folder, monkeypatch):
     assert sum("W&B is off for the rest of this run (ModuleNotFoundError" in line for line in page.lines) == 1
 
 
+def test_what_a_probe_measures_is_in_the_file_on_the_console_and_in_wandb(folder, monkeypatch):
+    """Also at a step without a loss, and with values that the console knows nothing of."""
+    figures = {"knn": 0.125, "teacher_knn": 0.5, "explained": -0.03, "rank": 14.2, "teacher_rank": 31.0}
+    figures |= {"drift": 0.25, "probe_s": 2.5, "probe_share": 0.011}
+    told, page = with_wandb(monkeypatch), Page()
+    with reporter(folder, page, recipe=asked()) as out:
+        out.log(0, figures)
+    assert read_metrics(folder.metrics) == [{"step": 0, **figures}]
+    assert told["log"] == [(0, figures)]
+    (line,) = page.lines
+    for shown in ("knn 0.125", "teacher_knn 0.5", "explained -0.03", "rank 14.2", "drift 0.25"):
+        assert shown in line
+
+
 def test_nobody_is_asked_for_a_key(folder, monkeypatch):
     told = with_wandb(monkeypatch, key=False)
     page = Page()

@@ -2,9 +2,10 @@
 # One start of a run inside a Slurm job: launch the ranks, pass on Slurm's warning, decide what comes after.
 #
 #   slurm/job.sh RECIPE [options of `fd-scale distill`]    called by the templates, in the directory of the submission
+#   slurm/job.sh evaluate NETWORK [options of `fd-scale evaluate`]
 #
 # Resources are the template's, hyper-parameters the recipe's, libraries env.sh's. From the environment it takes
-#   FD_SCALE_SET      assignments for --set, quoted as for a shell; those of the command line come after and win
+#   FD_SCALE_SET      distill: assignments for --set, quoted as for a shell; those of the command line win
 #   FD_SCALE_SRUN     further options of srun (a container of pyxis)
 #   FD_SCALE_EXEC     a command in front of the interpreter (a container of apptainer)
 #   FD_SCALE_STAGE_SHARDS, FD_SCALE_STAGE_ENV
@@ -15,7 +16,7 @@
 #   PREEMPTED step=S from=F    it stopped as asked, all saved
 #   DONE step=S                nothing is left to do
 #   FAILED reason              another start would fail in the same way
-# Each start becomes one line of RECIPE-JOB.starts. A start without progress ends at the step where it began.
+# Each start becomes one line of RECIPE-JOB.starts (evaluate-JOB.starts). A start without progress ends at the step where it began.
 
 set -uo pipefail
 
@@ -110,13 +111,18 @@ stage() { # copy $1, if anything, to every node; fails when asked to stop meanwh
     ((!asked))
 }
 
-train() { # $@: options of distill
+ranks() { # $@: options of distill, or words of evaluate
     local assignment command
     [[ -z $environment ]] || FD_SCALE_PYTHON=$(local_copy "$environment")/bin/python
-    command=("${prefix[@]}" "$FD_SCALE_PYTHON" -m fd_scale distill --recipe "$recipe")
-    for assignment in "${assignments[@]}"; do command+=(--set "$assignment"); done
-    command+=("$@")
-    [[ -z $shards ]] || command+=(--set "data.shards=$(local_copy "$shards")")
+    command=("${prefix[@]}" "$FD_SCALE_PYTHON" -m fd_scale)
+    if [[ $name == evaluate ]]; then
+        command+=(evaluate "$@")
+    else
+        command+=(distill --recipe "$name")
+        for assignment in "${assignments[@]}"; do command+=(--set "$assignment"); done
+        command+=("$@")
+        [[ -z $shards ]] || command+=(--set "data.shards=$(local_copy "$shards")")
+    fi
     attend --ntasks="$num_ranks" --ntasks-per-node="$SLURM_NTASKS_PER_NODE" --label "${options[@]}" "${command[@]}"
 }
 
@@ -151,9 +157,9 @@ go_on() { # $1: exit status of the ranks
 
 # ---- one start
 
-recipe=${1:?the name of a recipe comes first}
+name=${1:?the name of a recipe, or the word evaluate, comes first}
 shift
-: "${SLURM_JOB_ID:?this runs inside a job: sbatch slurm/$recipe.sbatch}"
+: "${SLURM_JOB_ID:?this runs inside a job: sbatch slurm/$name.sbatch}"
 srun='' asked=0 terms=0
 trap ask_to_stop USR1
 trap on_term TERM
@@ -163,10 +169,14 @@ source slurm/env.sh
 
 self=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 self=${self:-$SLURM_JOB_ID}
-record=$PWD/$recipe-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.starts
-export FD_SCALE_STATE=$PWD/$recipe-$SLURM_JOB_ID.state
+record=$PWD/$name-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.starts
+export FD_SCALE_STATE=$PWD/$name-$SLURM_JOB_ID.state
 # SLURM_NTASKS is that of the submission, also when the job waited and was given another number of nodes.
 num_ranks=$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:?the template gives --ntasks-per-node}))
+if [[ $name == evaluate && -n ${FD_SCALE_SET:-}${FD_SCALE_STAGE_SHARDS:-} ]]; then
+    say "FD_SCALE_SET and FD_SCALE_STAGE_SHARDS are of distillations, and not used"
+    unset FD_SCALE_SET FD_SCALE_STAGE_SHARDS
+fi
 shards=${FD_SCALE_STAGE_SHARDS:-} environment=${FD_SCALE_STAGE_ENV:-}
 [[ -z $shards || -d $shards ]] || give_up "FD_SCALE_STAGE_SHARDS=$shards is no folder"
 [[ -z $environment || -f $environment ]] || give_up "FD_SCALE_STAGE_ENV=$environment is no file"
@@ -183,9 +193,9 @@ case $(last_word) in # of an earlier task of this array
 esac
 check_progress
 
-say "start $(($(num_starts) + 1)) of $recipe on $SLURM_JOB_NODELIST, $num_ranks ranks"
+say "start $(($(num_starts) + 1)) of $name on $SLURM_JOB_NODELIST, $num_ranks ranks"
 echo "RUNNING step=0 from=0" >"$FD_SCALE_STATE"
-stage "$environment" && stage "$shards" && train "$@"
+stage "$environment" && stage "$shards" && ranks "$@"
 status=$?
 close_start "$status"
 

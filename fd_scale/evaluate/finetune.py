@@ -28,7 +28,7 @@ from fd_scale.engine.adamw import adamw
 from fd_scale.engine.layers import layer_groups
 from fd_scale.engine.zero import Engine
 from fd_scale.errors import RecipeError, RunError
-from fd_scale.evaluate import accuracy, overlap
+from fd_scale.evaluate import accuracy, job, overlap
 from fd_scale.evaluate.accuracy import Accuracy
 from fd_scale.evaluate.augment import Mixer, randaug
 from fd_scale.evaluate.classifier import Classifier, map_head
@@ -67,6 +67,7 @@ def finetune(asked: Sequence[TransferRecipe], *, out: Path | None = None) -> Non
             if not done[0].results:
                 return status
             records.append(record_of(done[0]))
+            job.going_on(world, recipe.steps)
         conclude(records, out or reports_of(asked[0].start.network), world)
         return 0
 
@@ -74,12 +75,13 @@ def finetune(asked: Sequence[TransferRecipe], *, out: Path | None = None) -> Non
 
 
 def conclude(records: Sequence[Record], folder: Path, world: World) -> None:
-    """Write the record of all seeds and show it. Collective."""
+    """Write the record of all seeds, show it, and say that nothing is left to do. Collective."""
     whole = over_seeds(records)
     path = world.on_main(lambda: write(whole, folder))
     log.info("%s", path)
     if world.is_main:
         Console(soft_wrap=True).print(table([whole]))
+    job.done(world, max(int(record.facts["steps"]) for record in records))
 
 
 def _prepared(recipe: TransferRecipe, done: list[FineTuning], world: World) -> training.Run:

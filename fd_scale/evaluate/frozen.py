@@ -26,11 +26,12 @@ from fd_scale.evaluate.features import (
     of_shards,
     together,
 )
+from fd_scale.evaluate.job import launch
 from fd_scale.evaluate.naming import reports_of
 from fd_scale.evaluate.record import Record, table, write_all
 from fd_scale.evaluate.source import open_source
 from fd_scale.run.folder import environment
-from fd_scale.run.world import World, launch
+from fd_scale.run.world import World
 
 log = logging.getLogger("fd_scale")
 
@@ -63,7 +64,7 @@ def run_suite(
     by side with whatever else was measured of them into the same folder; ends the process and never
     returns."""
 
-    def action(world: World) -> int:
+    def action(world: World) -> None:
         folder = out or reports_of(network)
         pair = open_pair(train, test, world)
         names = []
@@ -81,7 +82,6 @@ def run_suite(
             log.info("%s", path)
         if world.is_main:
             Console(soft_wrap=True).print(suite.console_table(compared), suite.LEGEND)
-        return 0
 
     launch(action)
 
@@ -101,7 +101,7 @@ def run(
     into ``out``, or the ``reports`` of the run that the network is of; ends the process and never returns.
     """
 
-    def action(world: World) -> int:
+    def action(world: World) -> None:
         pair = open_pair(train, test, world)
         records = []
         for name in networks:
@@ -112,7 +112,6 @@ def run(
                 log.info("%s", path)
         if world.is_main:
             Console(soft_wrap=True).print(table(records))
-        return 0
 
     launch(action)
 

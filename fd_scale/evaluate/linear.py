@@ -26,7 +26,7 @@ from fd_scale.engine.adamw import adamw
 from fd_scale.engine.lars import lars
 from fd_scale.engine.zero import Engine
 from fd_scale.errors import RecipeError, RunError, ScaleError
-from fd_scale.evaluate import accuracy
+from fd_scale.evaluate import accuracy, job
 from fd_scale.evaluate.accuracy import Accuracy
 from fd_scale.evaluate.augment import smoothed
 from fd_scale.evaluate.classifier import HEAD_STD
@@ -76,6 +76,7 @@ def probe(asked: Sequence[TransferRecipe], *, out: Path | None = None) -> None:
             if done[0].result is None:
                 return status
             records.append(done[0].record(done[0].result))
+            job.going_on(world, recipe.steps)
         conclude(records, out or reports_of(asked[0].start.network), world)
         return 0
 

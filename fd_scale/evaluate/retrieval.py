@@ -29,10 +29,11 @@ from fd_scale.data.loader import evaluation_batches
 from fd_scale.data.reader import Batch
 from fd_scale.evaluate.clip import Asked, Clip, asked, clip_for, load_clip
 from fd_scale.evaluate.features import EvaluationError, data_record
+from fd_scale.evaluate.job import launch
 from fd_scale.evaluate.naming import reports_of
 from fd_scale.evaluate.record import Record, table, write_all
 from fd_scale.run.folder import environment
-from fd_scale.run.world import World, launch
+from fd_scale.run.world import World
 
 log = logging.getLogger("fd_scale")
 
@@ -118,7 +119,7 @@ def retrieval(
     """Measure CLIPs (``open_clip:NAME@WEIGHTS``) and students of a CLIP, print a table and write records;
     ends the process and never returns."""
 
-    def action(world: World) -> int:
+    def action(world: World) -> None:
         shards = world.together(lambda: ShardSet.open(test))
         fit = None if train is None else world.together(lambda: ShardSet.open(train))
         records = []
@@ -152,7 +153,6 @@ def retrieval(
             log.info("%s", path)
         if world.is_main:
             Console(soft_wrap=True).print(table(records))
-        return 0
 
     launch(action)
 

@@ -26,10 +26,11 @@ from fd_scale.data.index import ShardSet
 from fd_scale.evaluate import accuracy
 from fd_scale.evaluate.clip import Clip, Embed, asked, clip_for, load_clip
 from fd_scale.evaluate.features import EvaluationError, data_record
+from fd_scale.evaluate.job import launch
 from fd_scale.evaluate.naming import reports_of
 from fd_scale.evaluate.record import Record, table, write_all
 from fd_scale.run.folder import environment
-from fd_scale.run.world import World, launch
+from fd_scale.run.world import World
 
 log = logging.getLogger("fd_scale")
 
@@ -102,7 +103,7 @@ def zeroshot(
     """Measure CLIPs (``open_clip:NAME@WEIGHTS``) and students of a CLIP, print a table and write records;
     ends the process and never returns."""
 
-    def action(world: World) -> int:
+    def action(world: World) -> None:
         shards = world.together(lambda: ShardSet.open(test))
         fit = None if train is None else world.together(lambda: ShardSet.open(train))
         names = world.together(lambda: class_names(shards, classes))
@@ -144,7 +145,6 @@ def zeroshot(
             log.info("%s", path)
         if world.is_main:
             Console(soft_wrap=True).print(table(records))
-        return 0
 
     launch(action)
 

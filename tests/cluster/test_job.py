@@ -103,6 +103,16 @@ def test_a_template_starts_one_rank_per_task_and_passes_every_word(cluster: Clus
     assert not list(folder.glob("*.state"))
 
 
+def test_an_evaluation_is_started_by_its_words_alone(cluster: Cluster, folder: Path) -> None:
+    words = ["runs/a run", "--task", "knn", "--train", "a", "--test", "b"]
+    own = {"FD_SCALE_SET": "data.shards=/elsewhere", "FD_SCALE_PYTHON": "/opt/python"}
+    job = submit(cluster, folder, "done", template="evaluate", words=words, **own)
+    assert job.wait_for("COMPLETED", "FAILED") == "COMPLETED", job.report()
+    assert events(folder, 0)[0]["argv"] == ["/opt/python", "-m", "fd_scale", "evaluate", *words]
+    assert "FD_SCALE_SET and FD_SCALE_STAGE_SHARDS are of distillations, and not used" in job.log()
+    assert (folder / f"evaluate-{job.number}.starts").is_file()
+
+
 def test_an_export_list_does_not_hide_the_environment_from_the_ranks(cluster: Cluster, folder: Path) -> None:
     # sbatch --export=NAME makes srun pass NAME alone, not even PATH, unless job.sh says otherwise.
     job = submit(cluster, folder, "done", "--export=STANDIN,FD_SCALE_EXEC", template="fd_mae_vitb16")

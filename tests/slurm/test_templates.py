@@ -12,7 +12,8 @@ import pytest
 from fd_scale.run import recipes, scale
 
 SLURM = Path(__file__).parents[2] / "slurm"
-TEMPLATES = sorted(SLURM.glob("*.sbatch"))
+EVALUATE = SLURM / "evaluate.sbatch"
+TEMPLATES = sorted(set(SLURM.glob("*.sbatch")) - {EVALUATE})
 SHIPPED = [name for name in recipes.names() if re.fullmatch(r"fd_[a-z0-9]+(_[a-z0-9]+)?", name)]
 """Variants of a recipe (``..._100ep``, ``..._released_code``) are for ``job.sh``'s first word to say."""
 
@@ -25,7 +26,7 @@ def test_every_recipe_has_a_template_of_its_name() -> None:
     assert [template.stem for template in TEMPLATES] == sorted(SHIPPED)
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("template", [*TEMPLATES, EVALUATE], ids=lambda path: path.stem)
 def test_a_template_is_a_header_and_one_command(template: Path) -> None:
     lines = [line for line in template.read_text().splitlines() if line and not line.startswith("#")]
     assert lines == [f'exec slurm/job.sh {template.stem} "$@"']
@@ -49,6 +50,6 @@ def test_the_scripts_are_clean() -> None:
     shellcheck = shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("no shellcheck on this machine: run tests/cluster/install.sh as root")
-    scripts = [*SLURM.glob("*.sh"), *TEMPLATES, *SLURM.parent.glob("tests/cluster/*.sh")]
+    scripts = [*SLURM.glob("*.sh"), *TEMPLATES, EVALUATE, *SLURM.parent.glob("tests/cluster/*.sh")]
     done = subprocess.run([shellcheck, "-x", *scripts], capture_output=True, text=True, cwd=SLURM.parent)
     assert done.returncode == 0, done.stdout

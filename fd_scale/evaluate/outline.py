@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from fd_scale.engine.lars import MOMENTUM
 from fd_scale.errors import RecipeError
 from fd_scale.run import presets, scale
 from fd_scale.run.transfer import TransferRecipe
@@ -64,7 +65,9 @@ def _selected(recipe: TransferRecipe) -> str:
 
 def _optimizer_rows(recipe: TransferRecipe) -> Iterator[tuple[str, str]]:
     optim, schedule = recipe.optim, recipe.schedule
-    yield "optimizer", optim.algorithm
+    betas = ", ".join(f"{beta:g}" for beta in optim.betas)
+    how = f"momentum {MOMENTUM:g}" if optim.algorithm == "lars" else f"betas {betas}, eps {optim.eps:g}"
+    yield "optimizer", f"{optim.algorithm}, {how}"
     yield "peak lr", f"{optim.lr:g} at batch {recipe.global_batch:,}{_reference(recipe)}"
     yield "first, last lr", f"{schedule.warmup_lr:g}, {schedule.min_lr:g}"
     yield "images", f"{schedule.images:,}, the first {schedule.warmup_images:,} of them warm-up"

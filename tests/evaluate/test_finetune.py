@@ -189,6 +189,11 @@ def test_sets_that_cannot_be_used_are_refused(data: Path, tmp_path: Path) -> Non
     same = derive(asked, **{"data.held_out": str(data / "test"), "measure.select": "held_out"})
     with pytest.raises(RecipeError, match=r"data.held_out is the test set"):
         Sets(same)
+    shutil.copytree(data / "train", tmp_path / "nameless")
+    index = tmp_path / "nameless" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"classes": None}))
+    with pytest.raises(EvaluationError, match="training shards do not name their classes: pack images"):
+        Sets(derive(asked, **{"data.shards": str(tmp_path / "nameless")}))
     shutil.copytree(data / "test", tmp_path / "other")
     index = tmp_path / "other" / "index.json"
     content = json.loads(index.read_text())

@@ -44,6 +44,7 @@ def test_effective_values_are_those_of_the_papers(name: str) -> None:
     # Common to all columns.
     assert (found.augment.randaug, found.augment.erase) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert found.augment.smoothing == 0.1
+    assert found.head.feature == "gap"
     assert (found.optim.betas, found.optim.eps, found.optim.weight_decay) == ((0.9, 0.999), 1e-8, 0.05)
     assert found.scaled_floor
     assert not found.compat.released_code

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from fd_scale.plan.ledger import Ledger
 from fd_scale.run.recipe import Recipe
 from fd_scale.student import Student, build_student
 from fd_scale.teachers import Teacher, load
@@ -18,7 +19,8 @@ def without_storage(recipe: Recipe, dtype: torch.dtype = torch.float32) -> tuple
 
     No weights are read. Raises the errors that the run itself would for wrong names, arguments and maps.
     """
-    with torch.device("meta"), _quiet("fd_scale"):
+    # A teacher shows its map once while it is made, and the ledger knows the shapes of repeated blocks.
+    with torch.device("meta"), _quiet("fd_scale"), Ledger():
         spec = recipe.teacher.model_copy(update={"weights": "random"})
         teacher = load(spec, device="meta", dtype=dtype, seed=recipe.seed)
         return teacher, build_student(recipe, [teacher])

@@ -47,8 +47,13 @@ def words(key: bytes | np.ndarray, count: int) -> np.ndarray:
     return np.random.Philox(_Keyed(row)).random_raw(count)  # type: ignore[arg-type]
 
 
+def uniform(word: int) -> float:
+    """A word as a number in [0, 1), by its upper 53 bits."""
+    return (word >> 11) * 2.0**-53
+
+
 def uniforms(words: np.ndarray) -> np.ndarray:
-    """Words as float64 in [0, 1), by their upper 53 bits."""
+    """The same of an array of words, as float64."""
     return (words >> np.uint64(11)) * 2.0**-53
 
 

@@ -50,6 +50,8 @@ def test_uniforms_fill_zero_to_one():
     assert drawn.min() >= 0
     assert drawn.max() < 1
     assert philox.uniforms(np.array([2**64 - 1], dtype=np.uint64))[0] == 1 - 2.0**-53
+    words = philox.words(philox.key("fd.test", 1), 100)
+    assert [philox.uniform(word) for word in words.tolist()] == philox.uniforms(words).tolist()
     counts = np.histogram(drawn, bins=10, range=(0, 1))[0]
     # 2000 expected in each tenth, standard deviation 42; this key's worst is 76.
     assert np.abs(counts - 2000).max() < 5 * 42

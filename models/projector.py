@@ -7,6 +7,8 @@ Shapes: B batch, N student tokens, P prefix tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,23 @@ from torch import Tensor, nn
 from models.errors import ModelError, near_misses
 
 RESAMPLES = ("exact", "bilinear", "bicubic")
+
+Consume = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Student tokens (B, N, in_width), weight (out_width, in_width) and bias (out_width,) to whatever is made of
+them."""
+
+
+class Product(nn.Linear):
+    """A linear map, whose factors can be handed to a consumer that never holds the product whole.
+
+    They are read in this module's own forward, which is where ZeRO-3 gathers them.
+    """
+
+    def forward(self, tokens_BND: Tensor, consume: Consume | None = None) -> Tensor:
+        """(B, N, out_width), or what ``consume`` makes of tokens, weight and bias."""
+        if consume is None:
+            return super().forward(tokens_BND)
+        return consume(tokens_BND, self.weight, self.bias)
 
 
 class Projector(nn.Module):
@@ -48,15 +67,23 @@ class Projector(nn.Module):
             )
         self.num_prefix_tokens = num_prefix_tokens
         self.resample = resample
-        self.linear = nn.Linear(in_width, out_width)
+        self.linear = Product(in_width, out_width)
 
-    def forward(self, tokens_BND: Tensor) -> Tensor:
-        """(B, P + h w, in_width) on ``from_grid`` to (B, P + h w, out_width) on ``to_grid``, in one dtype."""
-        projected_BND = self.linear(tokens_BND)
+    def forward(self, tokens_BND: Tensor, consume: Consume | None = None) -> Tensor:
+        """(B, P + h w, in_width) on ``from_grid`` to (B, P + h w, out_width) on ``to_grid``, in one dtype.
+
+        With ``consume``, what it makes of the factors of that map: of student tokens on ``to_grid``, since a
+        linear map commutes with resampling, and of the weights.
+        """
+        if consume is not None:
+            return self.linear(self._on_the_teachers_grid(tokens_BND), consume=consume)
+        return self._on_the_teachers_grid(self.linear(tokens_BND))
+
+    def _on_the_teachers_grid(self, tokens_BND: Tensor) -> Tensor:
         if self.from_grid == self.to_grid:
-            return projected_BND
-        prefix_BPD = projected_BND[:, : self.num_prefix_tokens]
-        patches_BND = projected_BND[:, self.num_prefix_tokens :]
+            return tokens_BND
+        prefix_BPD = tokens_BND[:, : self.num_prefix_tokens]
+        patches_BND = tokens_BND[:, self.num_prefix_tokens :]
         return torch.cat(
             (prefix_BPD, resample_patches(patches_BND, self.from_grid, self.to_grid, self.resample)), dim=1
         )

@@ -138,6 +138,6 @@ def _dropping(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[Non
 
 
 def _softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
-    """In float32 at least, as ``models.ops.explicit_attention`` has it."""
+    """In float32 at least, as ``models.attention.explicit_attention`` has it."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (logits if bias is None else logits + bias).softmax(dim=-1)

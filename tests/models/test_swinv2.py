@@ -17,8 +17,9 @@ from torch.nn.functional import gelu, layer_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import swinv2
+from models.attention import explicit_attention, fused_attention
 from models.errors import ModelError
-from models.ops import Ops, explicit_attention, fused_attention
+from models.ops import Ops
 
 SMALL: dict[str, Any] = {"width": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import models
 from models import ModelError
-from models.ops import Ops, explicit_attention
+from models.attention import explicit_attention
+from models.ops import Ops
 from models.vit import POSITIONS, VisionTransformer, export_hint, unshare
 
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 2.5, "input_size": 40}

@@ -1,43 +1,54 @@
-"""How fast is the fused loss? Ours, eager PyTorch and torch.compile, against what the card can copy.
+"""How fast is the fused loss? Ours, eager PyTorch and torch.compile, against what the device can copy.
 
-    python -m benchmarks.loss        writes results/loss.json; needs a CUDA device, about two minutes
+    python -m benchmarks.loss              writes results/loss-DEVICE.json; about two minutes on a GPU
+    python -m benchmarks.loss --chunked    the loss in pieces: results/loss_chunked-DEVICE.json
+    ... --smoke                            tiny, in seconds, written nowhere
 
-Every case is a map of bfloat16 features as a teacher gives it. Device time is that of CUDA graphs, which
-hold forward and backward over several sets of random features, together larger than any L2 cache;
-``call_us`` is the time of plain calls, where launches from the host count. Ten runs warm up, fifty are
-timed with events; median and 20 / 80 % quantiles are over those, and everything is timed twice. At last
-the gradients are filled with NaN, replayed and compared with those of eager float32.
+Every case is a map of features as a teacher gives it, bfloat16 on a GPU and float32 on a CPU. Device time is
+that of CUDA graphs, which hold forward and backward over several sets of random features, together larger
+than any L2 cache; ``call_us`` is the time of plain calls, where launches from the host count. Medians and
+quantiles are over all runs (``clock.py``). At last the gradients are filled with NaN, computed again and
+compared with those of eager float32.
 
-GB/s counts the bytes that must move, 6 per element, less what is masked. The ceiling is the best of two
-copies of a buffer of 1 GiB, reads and writes counted, before and after all cases.
+GB/s counts the bytes that must move, 6 per element in bfloat16, less what is masked. The ceiling is the best
+of two copies of a large buffer, reads and writes counted, before and after all cases.
+
+``--chunked`` sets the loss in pieces (``fd_scale.objective.chunked``), projectors and their gradients
+included, against the same with whole maps: time, and the most memory held beyond what was there before.
 
 Shape letters: B images, N tokens, C channels.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-import statistics
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import record
-from fd_scale.objective import kernels
+from benchmarks import clock, record
+from benchmarks.clock import Protocol
+from fd_scale.objective import Objective, kernels, whitened_smooth_l1
+from fd_scale.objective.chunked import ChunkedLoss
+from fd_scale.objective.losses import Normaliser
+from fd_scale.run import recipe as recipes
+from models.projector import Projector
 
-WARM_UP, RUNS, PASSES = 10, 50, 2
-SETS_BYTES = 2**30
-"""Prediction and teacher of all sets of a case."""
+SETS_BYTES = {"cuda": 2**30, "cpu": 2**27}
+"""Prediction and teacher of all sets of a case; more than any cache."""
 
-COPY_BYTES = 2**30
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 """Buffer whose copy is the ceiling."""
 
-NO_GPU = "benchmarks/loss.py times a GPU, and this machine has no CUDA device: run it where there is one"
+DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
+CPU = Protocol(warm_up=2, runs=9, passes=2)
 
 Pair = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Tensor, "Case"], Tensor]
@@ -52,32 +63,51 @@ class Case:
     weight_N: Tensor | None = None
     mask_N: Tensor | None = None
 
-    def num_bytes(self) -> int:
-        """What must move: two reads where a token is kept, a write everywhere, all in bfloat16."""
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """What must move: two reads where a token is kept, a write everywhere."""
         batch, num_tokens, width = self.shape_BNC
         kept = num_tokens if self.mask_N is None else int(self.mask_N.sum())
-        return 2 * batch * width * (2 * kept + num_tokens)
+        return dtype.itemsize * batch * width * (2 * kept + num_tokens)
 
 
-def cases(device: str) -> list[Case]:
-    """Maps of the paper's teachers at a batch of one GPU, the first of them also weighted and masked."""
+def cases(device: str, share: int) -> list[Case]:
+    """Maps of the paper's teachers at a batch of one GPU divided by ``share``, the first of them also
+    weighted and masked."""
     weight_N = torch.ones(197, device=device)
     weight_N[0] = 10.0
     mask_N = torch.arange(197, device=device) % 4 == 0
+    vit_b = (256 // share, 197, 768)
     return [
-        Case("ViT-B/16", (256, 197, 768)),
-        Case("ViT-B/16, class token x10", (256, 197, 768), weight_N=weight_N),
-        Case("ViT-B/16, 3 of 4 tokens masked", (256, 197, 768), mask_N=mask_N),
-        Case("ViT-L/14", (128, 257, 1024)),
-        Case("SwinV2-G 256", (32, 64, 4096)),
+        Case("ViT-B/16", vit_b),
+        Case("ViT-B/16, class token x10", vit_b, weight_N=weight_N),
+        Case("ViT-B/16, 3 of 4 tokens masked", vit_b, mask_N=mask_N),
+        Case("ViT-L/14", (128 // share, 257, 1024)),
+        Case("SwinV2-G 256", (max(32 // share, 1), 64, 4096)),
     ]
 
 
+def tiny_cases(device: str) -> list[Case]:
+    """One of each kind, for a look at whether they run."""
+    mask_N = torch.tensor([True, False, False, True], device=device)
+    weight_N = torch.tensor([10.0, 1, 1, 1], device=device)
+    shape = (2, 4, 8)
+    return [Case("plain", shape), Case("weighted", shape, weight_N), Case("masked", shape, None, mask_N)]
+
+
 def fused(prediction_BNC: Tensor, teacher_BNC: Tensor, case: Case) -> Tensor:
-    """Our kernel."""
+    """Our kernel; on a CPU the plain form of its operator."""
     return kernels.whitened_smooth_l1(
         prediction_BNC, teacher_BNC, token_weight=case.weight_N, token_mask=case.mask_N
     ).value
+
+
+def public(prediction_BNC: Tensor, teacher_BNC: Tensor, case: Case) -> Tensor:
+    """``fd_scale.objective``'s loss, whatever it runs here; it takes a mask as weights."""
+    weight_N: Tensor | None = case.weight_N
+    normaliser: Normaliser = "mean"
+    if case.mask_N is not None:
+        weight_N, normaliser = case.mask_N, "weighted_mean"
+    return whitened_smooth_l1(prediction_BNC, teacher_BNC, token_weight=weight_N, normaliser=normaliser)
 
 
 def eager(prediction_BNC: Tensor, teacher_BNC: Tensor, case: Case) -> Tensor:
@@ -93,30 +123,35 @@ def eager(prediction_BNC: Tensor, teacher_BNC: Tensor, case: Case) -> Tensor:
     return F.smooth_l1_loss(predicted_BNC, target_BNC, beta=2.0)
 
 
-def measure(device: str = "cuda") -> dict[str, Any]:
+def measure(device: str, protocol: Protocol, given: Sequence[Case], sets_bytes: int) -> dict[str, Any]:
     """All cases and implementations as plain values for a results file."""
-    ceilings = [copy_gb_per_s(device)]
-    results = [row for case in cases(device) for row in compare(case, device)]
-    ceilings.append(copy_gb_per_s(device))
+    copied = max(min(sets_bytes, COPY_BYTES[device]), 2**16)
+    ceilings = [clock.copy_gb_per_s(device, protocol, copied)]
+    results = [row for case in given for row in compare(case, device, protocol, sets_bytes)]
+    ceilings.append(clock.copy_gb_per_s(device, protocol, copied))
     for row in results:
         row["share_of_copy"] = round(row["gb_per_s"] / max(ceilings), 4)
     return {
-        "question": "whitened smooth L1 in bfloat16, forward and backward: fused, compiled, eager",
-        "protocol": {"warm_up": WARM_UP, "runs": RUNS, "passes": PASSES, "features_bytes": SETS_BYTES},
+        "question": "whitened smooth L1, forward and backward: ours, compiled, eager",
+        "device": device,
+        "dtype": str(DTYPE[device]),
+        "protocol": asdict(protocol) | {"features_bytes": sets_bytes},
         "copy_gb_per_s": [round(ceiling, 1) for ceiling in ceilings],
         "results": results,
     }
 
 
-def compare(case: Case, device: str) -> list[dict[str, Any]]:
+def compare(case: Case, device: str, protocol: Protocol, sets_bytes: int) -> list[dict[str, Any]]:
     """One row per implementation, with how many times the fused loss is faster than it."""
-    sets = features(case.shape_BNC, device)
+    sets = features(case.shape_BNC, device, sets_bytes)
     expected = gradients(eager, sets, case)
     torch.compiler.reset()  # one compilation per case, for its shape alone
-    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+    steps = {"fused": fused, "public": public, "eager": eager}
+    if device == "cuda":  # on a CPU inductor asks for a C++ compiler
+        steps["torch.compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
     rows = []
-    for name, step in (("fused", fused), ("torch.compile", compiled), ("eager", eager)):
-        times, found = measured(step, sets, case)
+    for name, step in steps.items():
+        times, found = measured(step, sets, case, device, protocol)
         device_us = times["forward_and_backward_us"]["median"]
         rows.append(
             {
@@ -124,7 +159,7 @@ def compare(case: Case, device: str) -> list[dict[str, Any]]:
                 "shape": list(case.shape_BNC),
                 "implementation": name,
                 **times,
-                "gb_per_s": round(case.num_bytes() / device_us / 1e3, 1),
+                "gb_per_s": round(case.num_bytes(DTYPE[device]) / device_us / 1e3, 3),
                 "gradient_error_against_eager": largest_error(found, expected),
             }
         )
@@ -134,14 +169,15 @@ def compare(case: Case, device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def features(shape_BNC: tuple[int, int, int], device: str) -> list[Pair]:
-    """Predictions, which require a gradient, and teachers: as many pairs as fill ``SETS_BYTES``, at least
+def features(shape_BNC: tuple[int, int, int], device: str, sets_bytes: int) -> list[Pair]:
+    """Predictions, which require a gradient, and teachers: as many pairs as fill ``sets_bytes``, at least
     two."""
     generator = torch.Generator(device).manual_seed(0)
-    count = max(2, math.ceil(SETS_BYTES / (4 * math.prod(shape_BNC))))
+    pair_bytes = 2 * DTYPE[device].itemsize * math.prod(shape_BNC)
+    count = max(2, math.ceil(sets_bytes / pair_bytes))
 
     def drawn(mean: float) -> Tensor:
-        return (torch.randn(shape_BNC, generator=generator, device=device) + mean).bfloat16()
+        return (torch.randn(shape_BNC, generator=generator, device=device) + mean).to(DTYPE[device])
 
     return [(drawn(0.0).requires_grad_(), drawn(3.0)) for _ in range(count)]
 
@@ -151,14 +187,17 @@ def gradients(step: Step, sets: Iterable[Pair], case: Case) -> list[Tensor]:
     return [torch.autograd.grad(step(p_BNC, t_BNC, case), p_BNC)[0] for p_BNC, t_BNC in sets]
 
 
-def measured(step: Step, sets: Sequence[Pair], case: Case) -> tuple[dict[str, Any], list[Tensor]]:
-    """Times per pair and memory, and the gradients of one last replay over poisoned outputs."""
-    memory = extra_bytes(lambda: gradients(step, sets[:1], case))
-    calls = timed(lambda: gradients(step, sets, case), len(sets))
-    forward, _ = captured(lambda: [step(p_BNC, t_BNC, case) for p_BNC, t_BNC in sets])
-    forward_us = timed(forward, len(sets))
-    both, outputs = captured(lambda: gradients(step, sets, case))
-    both_us = timed(both, len(sets))
+def measured(
+    step: Step, sets: Sequence[Pair], case: Case, device: str, protocol: Protocol
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """Times per pair and memory, and the gradients of one last time over poisoned outputs."""
+    memory = clock.peak_bytes(lambda: gradients(step, sets[:1], case), device)
+    count = len(sets)
+    calls = clock.timed(lambda: gradients(step, sets, case), device, protocol, calls=count)
+    forward, _ = clock.captured(lambda: [step(p_BNC, t_BNC, case) for p_BNC, t_BNC in sets], device)
+    forward_us = clock.timed(forward, device, protocol, calls=count)
+    both, outputs = clock.captured(lambda: gradients(step, sets, case), device)
+    both_us = clock.timed(both, device, protocol, calls=count)
     for gradient in outputs:
         gradient.fill_(math.nan)
     both()
@@ -166,56 +205,9 @@ def measured(step: Step, sets: Sequence[Pair], case: Case) -> tuple[dict[str, An
         "forward_us": forward_us,
         "forward_and_backward_us": both_us,
         "call_us": calls,
-        "extra_memory_mib": round(memory / 2**20, 2),
+        "extra_memory_mib": round(memory / 2**20, 3),
     }
     return times, outputs
-
-
-def captured(work: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
-    """A function that replays ``work`` as a CUDA graph, and the tensors that it writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles and allocates what must not happen while capturing
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = work()
-    return graph.replay, outputs
-
-
-def timed(work: Callable[[], object], calls: int) -> dict[str, float]:
-    """Microseconds per call: quantiles over the runs of all passes, and how far the passes' medians
-    differ."""
-    passes = [_pass(work, calls) for _ in range(PASSES)]
-    every = [time for times in passes for time in times]
-    fifths = statistics.quantiles(every, n=5, method="inclusive")
-    medians = [statistics.median(times) for times in passes]
-    return {
-        "median": round(statistics.median(every), 3),
-        "q20": round(fifths[0], 3),
-        "q80": round(fifths[-1], 3),
-        "spread_of_passes": round((max(medians) - min(medians)) / min(medians), 4),
-    }
-
-
-def extra_bytes(work: Callable[[], object]) -> int:
-    """Most memory that a call holds beyond what was there before."""
-    work()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def copy_gb_per_s(device: str) -> float:
-    """What a device copy moves, bytes read and written."""
-    source = torch.randn(COPY_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / timed(lambda: target.copy_(source), 1)["median"] / 1e3
 
 
 def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -227,33 +219,127 @@ def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
-def _pass(work: Callable[[], object], calls: int) -> list[float]:
-    """Microseconds per call of each timed run."""
-    for _ in range(WARM_UP):
-        work()
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(RUNS)
+@dataclass(frozen=True)
+class Heads:
+    """A student's map and the teachers that it is projected for."""
+
+    name: str
+    shape_BND: tuple[int, int, int]
+    widths: tuple[int, ...]
+    chunks: tuple[int, ...]
+    """Tokens of a piece."""
+
+
+def heads_cases(share: int) -> list[Heads]:
+    """One head, three, and one of a long map (1024 pixels in patches of 16)."""
+    chunks = (4096, 16384, 65536) if share == 1 else (128, 512, 2048)
+    return [
+        Heads("ViT-B/16, 1 head", (256 // share, 197, 768), (768,), chunks),
+        Heads("ViT-B/16, 3 heads", (256 // share, 197, 768), (768, 1024, 1536), chunks),
+        Heads("ViT-L/16 at 1024 px, 1 head", (max(32 // share, 1), 4097, 1024), (1024,), chunks),
     ]
-    for start, end in events:
-        start.record()
-        work()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e3 / calls for start, end in events]
 
 
-def main() -> int:
-    """Measure and write, or say what is missing."""
-    if not torch.cuda.is_available():
-        print(NO_GPU)
-        return 2
-    results = measure()
-    path = record.write("loss", results)
-    for row in results["results"]:
-        times = f"{row['forward_and_backward_us']['median']:9.1f} us {row['share_of_copy']:7.1%} of copy"
-        rest = f"{row['extra_memory_mib']:8.1f} MiB, fused is {row['fused_is_faster']} times as fast"
-        print(f"{row['case']:32} {row['implementation']:14} {times}, {rest}")
-    print(f"written to {path.relative_to(record.RESULTS.parent.parent)}")
+TINY_HEADS = [Heads("tiny, 2 heads", (3, 5, 8), (16, 12), (4,))]
+
+
+def measure_chunked(device: str, protocol: Protocol, given: Sequence[Heads]) -> dict[str, Any]:
+    """Whole maps and pieces side by side: time, memory, and how far the gradients differ."""
+    return {
+        "question": "projectors and loss, forward and backward: whole maps, or some tokens at a time",
+        "device": device,
+        "dtype": str(DTYPE[device]),
+        "protocol": asdict(protocol),
+        "results": [row for heads in given for row in compare_heads(heads, device, protocol)],
+    }
+
+
+def compare_heads(heads: Heads, device: str, protocol: Protocol) -> list[dict[str, Any]]:
+    """A row for whole maps, and one for each size of pieces."""
+    dtype, (batch, num_tokens, width) = DTYPE[device], heads.shape_BND
+    torch.manual_seed(0)
+    tokens_BND = torch.randn(heads.shape_BND, device=device).to(dtype).requires_grad_()
+    taught = [torch.randn(batch, num_tokens, c, device=device).to(dtype) for c in heads.widths]
+    projectors = [
+        Projector(width, c, from_grid=(1, 1), to_grid=(1, 1), num_prefix_tokens=0, resample="exact")
+        for c in heads.widths
+    ]
+    projectors = [projector.to(device, dtype) for projector in projectors]
+    leaves = [tokens_BND, *(p for projector in projectors for p in projector.parameters())]
+    objective = Objective(recipes.Objective())
+    valid_B = torch.ones(batch, dtype=torch.bool, device=device)
+
+    def whole() -> tuple[Tensor, ...]:
+        predicted = [projector(tokens_BND) for projector in projectors]
+        loss = objective(predicted, taught, valid_B)
+        del predicted
+        return torch.autograd.grad(loss, leaves)
+
+    def in_pieces(chunk_tokens: int) -> Callable[[], tuple[Tensor, ...]]:
+        loss = ChunkedLoss(objective, taught, valid_B, chunk_tokens)
+        return lambda: torch.autograd.grad(loss(tokens_BND, projectors), leaves)
+
+    works: dict[str, Callable[[], tuple[Tensor, ...]]] = {"whole": whole}
+    works |= {str(chunk): in_pieces(chunk) for chunk in heads.chunks}
+    times = clock.interleaved(dict(works), device, protocol)
+    expected = whole()
+    rows = []
+    for name, work in works.items():
+        memory = clock.peak_bytes(work, device)
+        rows.append(
+            {
+                "case": heads.name,
+                "shape": list(heads.shape_BND),
+                "widths": list(heads.widths),
+                "chunk_tokens": None if name == "whole" else int(name),
+                "forward_and_backward_us": times[name],
+                "extra_memory_mib": round(memory / 2**20, 3),
+                "gradient_difference": largest_error(work(), expected),
+            }
+        )
+    for row in rows:
+        row["time_over_whole"] = round(
+            times[str(row["chunk_tokens"] or "whole")]["median"] / times["whole"]["median"], 3
+        )
+        row["memory_over_whole"] = round(row["extra_memory_mib"] / max(rows[0]["extra_memory_mib"], 1e-9), 3)
+    return rows
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The results for a terminal."""
+    said = []
+    for row in found["results"]:
+        us, memory = row["forward_and_backward_us"]["median"], f"{row['extra_memory_mib']:9.1f} MiB"
+        if "chunk_tokens" in row:
+            pieces = "whole maps" if row["chunk_tokens"] is None else f"{row['chunk_tokens']} tokens"
+            ratio = f"{row['time_over_whole']:.2f} of the time, {row['memory_over_whole']:.2f} of the memory"
+            said.append(f"{row['case']:32} {pieces:14} {us:11.1f} us {memory}, {ratio}")
+        else:
+            rest = f"{row['share_of_copy']:7.1%} of copy {memory}, ours {row['fused_is_faster']} x as fast"
+            said.append(f"{row['case']:32} {row['implementation']:14} {us:11.1f} us {rest}")
+    return said
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and write unless it was only a look."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chunked", action="store_true", help="the loss in pieces against whole maps")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds; writes nothing")
+    asked = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    protocol = clock.SMOKE if asked.smoke else {"cuda": clock.FULL, "cpu": CPU}[device]
+    share = 1 if device == "cuda" else 32
+    if asked.chunked:
+        found = measure_chunked(device, protocol, TINY_HEADS if asked.smoke else heads_cases(share))
+    elif asked.smoke:
+        found = measure(device, protocol, tiny_cases(device), 1)
+    else:
+        found = measure(device, protocol, cases(device, share), SETS_BYTES[device])
+    print(*lines(found), sep="\n")
+    if not asked.smoke:
+        found["load_average"] = round(os.getloadavg()[0], 1)
+        name = f"loss{'_chunked' if asked.chunked else ''}-{device}"
+        print(f"written to {record.write(name, found).relative_to(record.RESULTS.parent.parent)}")
     return 0
 
 

@@ -23,6 +23,7 @@ from fd_scale.engine.adamw import adamw
 from fd_scale.engine.zero import Engine
 from fd_scale.errors import RunError
 from fd_scale.export import export
+from fd_scale.objective.chunked import ChunkedLoss
 from fd_scale.objective.losses import Objective
 from fd_scale.plan import placement
 from fd_scale.run import scale
@@ -81,6 +82,7 @@ class Distillation:
         self.teachers = placed(teachers, resolved, world)
         self.guests = [Guest(teacher, recipe.objective) for teacher in self.teachers]
         self.objective = Objective(recipe.objective)
+        self.chunk_tokens = resolved.loss_chunk_tokens
         self.module = world.together(lambda: seeded_student(recipe, self.teachers, resolved))
         self.sizes = sorted({self.module.input_size, *(teacher.input_size for teacher in self.teachers)})
         self.student_size = self.module.input_size
@@ -91,6 +93,9 @@ class Distillation:
         pixels = training.on_device(batch, self.device)
         valid = batch.valid.to(self.device, non_blocking=True)
         taught = targets(self.guests, pixels)
+        if self.chunk_tokens is not None:
+            in_pieces = ChunkedLoss(self.objective, taught, valid, self.chunk_tokens)
+            return engine(pixels[self.student_size], loss=in_pieces)
         predicted = engine(pixels[self.student_size])
         return self.objective(predicted, taught, valid)
 

@@ -60,6 +60,8 @@ def _engine(resolved: Resolved, scale: str) -> str:
     teacher = "decided at the start, see plan" if resolved.teacher == "auto" else resolved.teacher
     parts += [f"activation checkpointing {recomputed}", f"teacher: {teacher}"]
     parts += ["compiled blocks"] * resolved.compile
+    if resolved.loss_chunk_tokens is not None:
+        parts.append(f"loss in pieces of {resolved.loss_chunk_tokens} tokens")
     return f"{', '.join(parts)} (scale {scale})"
 
 

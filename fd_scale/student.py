@@ -66,6 +66,15 @@ class MapLike(Protocol):
         """A CLIP's, from its class token to the joint embedding."""
 
 
+class MapLoss(Protocol):
+    """A loss that projects a student's tokens itself."""
+
+    def __call__(
+        self, tokens_BMD: Tensor, projectors: Sequence[Any], embedding_B1E: Tensor | None = None
+    ) -> Tensor:
+        """The loss, a scalar."""
+
+
 class Student(nn.Module):
     """uint8 pixels (B, 3, S, S) to the tokens (B, M, D) that each teacher's are compared with.
 
@@ -93,9 +102,10 @@ class Student(nn.Module):
         self.input_size = input_size
         self.objective = objective
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, pixels: Tensor, loss: MapLoss | None = None) -> tuple[Tensor, ...] | Tensor:
         """One projected map per teacher, and last the embedding (B, 1, E) where there is a head for it, in
-        the dtype of the parameters (or of autocast)."""
+        the dtype of the parameters (or of autocast); with ``loss``, what it makes of the tokens, the
+        projectors and the embedding, so that no map is ever whole."""
         dtype = next(self.parameters()).dtype
         # Through the backbone's own call: ZeRO gathers a module's parameters when it is called.
         output = self.backbone(normalise(pixels, self.mean, self.std, dtype))
@@ -106,6 +116,8 @@ class Student(nn.Module):
             features = mean_as_class(features)
         # Selected first, since a linear map commutes with it: nothing is projected that is not regressed.
         tokens_BMD = select(features, granularity=granularity, cls=cls)
+        if loss is not None:
+            return loss(tokens_BMD, [*self.projectors], *embeddings)
         return (*(projector(tokens_BMD) for projector in self.projectors), *embeddings)
 
     def set_grad_checkpointing(self, enable: bool = True, **granularity: Any) -> None:

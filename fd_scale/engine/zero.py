@@ -75,8 +75,8 @@ class Engine:
         self.average = None if average_decay is None else Average(self.deepspeed, average_decay)
         self._set_learning_rate()
 
-    def __call__(self, pixels: Any) -> Any:
-        return self.deepspeed(pixels)
+    def __call__(self, pixels: Any, **more: Any) -> Any:
+        return self.deepspeed(pixels, **more)
 
     @property
     def module(self) -> nn.Module:

@@ -104,33 +104,45 @@ class Objective:
         if len(predicted) != len(taught) or not predicted:
             raise ValueError(f"{len(predicted)} predicted maps do not pair with {len(taught)} teacher maps")
         pairs = list(zip(predicted, taught, strict=True))
-        weight = self.spec.embedding_weight
-        maps = pairs[:-1] if weight else pairs
+        embeds = self.spec.embedding_weight > 0
+        maps = pairs[:-1] if embeds else pairs
         loss = torch.stack([self._one(p_BMD, t_BMD, valid_B) for p_BMD, t_BMD in maps]).mean()
-        return loss + weight * cosine_distance(*pairs[-1], valid_B) if weight else loss
+        return loss + self.embedding_loss(*pairs[-1], valid_B) if embeds else loss
+
+    def embedding_loss(self, predicted_B1E: Tensor, taught_B1E: Tensor, valid_B: Tensor) -> Tensor:
+        """The embedding's weighted part of the loss, a scalar."""
+        return self.spec.embedding_weight * cosine_distance(predicted_B1E, taught_B1E, valid_B)
 
     def _one(self, predicted_BMD: Tensor, taught_BMD: Tensor, valid_B: Tensor) -> Tensor:
-        if valid_B.dtype != torch.bool or valid_B.shape != predicted_BMD.shape[:1]:
-            raise ValueError(
-                f"valid of shape {tuple(valid_B.shape)} and dtype {valid_B.dtype} must be bool, "
-                f"one per image of {tuple(predicted_BMD.shape)}"
-            )
-        valid_B = valid_B.to(predicted_BMD.device, non_blocking=True)
         return whitened_smooth_l1(
             predicted_BMD,
             taught_BMD,
             beta=self.spec.beta,
             target=self.spec.target,
-            token_weight=valid_B[:, None] * self._token_weight(predicted_BMD),
+            token_weight=self.weights(predicted_BMD, valid_B),
         )
 
+    def weights(self, tokens_BMD: Tensor, valid_B: Tensor) -> Tensor:
+        """(B, M) weights of these tokens, 0 where an image is not valid, in the dtype of the loss.
+
+        The normaliser is folded in: it must not depend on how many images are valid. Raises ``ValueError``
+        for a ``valid_B`` that is not bool, one per image.
+        """
+        if valid_B.dtype != torch.bool or valid_B.shape != tokens_BMD.shape[:1]:
+            raise ValueError(
+                f"valid of shape {tuple(valid_B.shape)} and dtype {valid_B.dtype} must be bool, "
+                f"one per image of {tuple(tokens_BMD.shape)}"
+            )
+        valid_B = valid_B.to(tokens_BMD.device, non_blocking=True)
+        return valid_B[:, None] * self._token_weight(tokens_BMD)
+
     def _token_weight(self, tokens_BMD: Tensor) -> Tensor:
-        """(M,) weights, whose normaliser is folded in: it must not depend on how many images are valid."""
+        """(M,) weights, made by fills on the device alone: no number is sent there while a step is on."""
         num_tokens = tokens_BMD.shape[1]
-        weight_M = torch.ones(num_tokens, dtype=working_dtype(tokens_BMD), device=tokens_BMD.device)
+        weight_M = tokens_BMD.new_ones(num_tokens, dtype=working_dtype(tokens_BMD))
         total = float(num_tokens)
         if self.spec.granularity == "full" and has_class_token(granularity="full", cls=self.spec.cls):
-            weight_M[0] = self.spec.cls_weight
+            weight_M[:1].fill_(self.spec.cls_weight)
             total += self.spec.cls_weight - 1
         return weight_M * (num_tokens / total) if self.spec.normaliser == "weighted_mean" else weight_M
 

@@ -136,11 +136,13 @@ def ds_config(wanted: Scale, choice: Choice) -> dict[str, Any]:
     """The scale file of a choice: the asked one with other stage, micro-batch and recomputation."""
     config = _with(with_stage(wanted, choice.layout.zero_stage), {MICRO_BATCH: choice.layout.micro_batch})
     recomputed = dict(wanted.granularity) if choice.layout.recompute and wanted.granularity else None
-    own = {
+    own: dict[str, Any] = {
         "activation_checkpointing": recomputed or choice.layout.recompute,
         "teacher": choice.layout.teacher,
     }
-    return {**config.deepspeed, "fd_scale": own | ({"compile": True} if wanted.compile else {})}
+    own |= {"compile": True} if wanted.compile else {}
+    own |= {} if wanted.loss_chunk_tokens is None else {"loss_chunk_tokens": wanted.loss_chunk_tokens}
+    return {**config.deepspeed, "fd_scale": own}
 
 
 def with_stage(wanted: Scale, stage: int) -> Scale:

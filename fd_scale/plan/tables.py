@@ -112,6 +112,8 @@ def _summary(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "arithmetic", f"{flops / 1e9:,.1f} GFLOP per image; {done / 1e9:,.1f} with what is recomputed"
     if counted.scale.compile:
         yield "compiled blocks", "are planned as if they were not: they take less memory and time"
+    if counted.scale.loss_chunk_tokens is not None:
+        yield "loss in pieces", "is planned as if maps were whole: it takes less memory"
     if not plan.cluster.gpu.has_bf16 and layout.bf16:
         yield "bf16", f"{plan.cluster.gpu.name} has no bf16: it is computed as float32"
 

@@ -108,6 +108,7 @@ ALLOWED: Keys = {
     OWN_SECTION: {
         "activation_checkpointing": GRANULARITY,
         "compile": FLAG,
+        "loss_chunk_tokens": POSITIVE,
         "teacher": _one_of("replicate", "shard", "auto"),
     },
 }

@@ -48,6 +48,7 @@ class Scale:
     granularity: Mapping[str, Any] = field(default_factory=dict)
     teacher: AskedPlacement = "replicate"
     compile: bool = False
+    loss_chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Resolved:
     decided."""
     compile: bool = False
     """Whether the blocks of student and teacher are compiled."""
+    loss_chunk_tokens: int | None = None
+    """How many tokens of a projected map exist at a time; None for the whole map."""
     averages: bool = False
     """Whether a float32 moving average of the weights is kept beside them (the recipe's)."""
 
@@ -77,10 +80,12 @@ class Resolved:
     def own(self) -> dict[str, Any]:
         """What the section of ours came to, as it could be written there."""
         recomputed = dict(self.granularity) if self.activation_checkpointing and self.granularity else None
+        pieces = {} if self.loss_chunk_tokens is None else {"loss_chunk_tokens": self.loss_chunk_tokens}
         return {
             "activation_checkpointing": recomputed or self.activation_checkpointing,
             "teacher": self.teacher,
             "compile": self.compile,
+            **pieces,
         }
 
 
@@ -112,6 +117,7 @@ def load(name_or_path: str) -> Scale:
         granularity=recomputed if isinstance(recomputed, dict) else {},
         teacher=own.get("teacher", "replicate"),
         compile=own.get("compile", False),
+        loss_chunk_tokens=int(own["loss_chunk_tokens"]) if "loss_chunk_tokens" in own else None,
     )
 
 
@@ -143,6 +149,7 @@ def resolve(scale: Scale, recipe: RunRecipe, world_size: int) -> Resolved:
         granularity=scale.granularity,
         teacher=scale.teacher,
         compile=scale.compile,
+        loss_chunk_tokens=scale.loss_chunk_tokens,
         averages=recipe.optim.average_decay is not None,
     )
 

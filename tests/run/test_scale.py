@@ -174,17 +174,26 @@ def test_blocks_that_cannot_be_meant(write, asked):
 
 
 def test_what_a_scale_leaves_out(write):
-    """The teacher is whole on every process, and nothing is compiled."""
+    """The teacher is whole on every process, nothing is compiled, and maps are whole."""
     resolved = scale.resolve(scale.load(write({"train_micro_batch_size_per_gpu": 1})), with_batch(4), 1)
-    assert (resolved.teacher, resolved.compile) == ("replicate", False)
+    assert (resolved.teacher, resolved.compile, resolved.loss_chunk_tokens) == ("replicate", False, None)
     for own, expected in (
-        ({"teacher": "shard"}, ("shard", False)),
-        ({"teacher": "auto"}, ("auto", False)),
-        ({"compile": True}, ("replicate", True)),
+        ({"teacher": "shard"}, ("shard", False, None)),
+        ({"teacher": "auto"}, ("auto", False, None)),
+        ({"compile": True}, ("replicate", True, None)),
+        ({"loss_chunk_tokens": 4096}, ("replicate", False, 4096)),
     ):
         path = write({"train_micro_batch_size_per_gpu": 1, "fd_scale": own})
         resolved = scale.resolve(scale.load(path), with_batch(4), 1)
-        assert (resolved.teacher, resolved.compile) == expected
+        assert (resolved.teacher, resolved.compile, resolved.loss_chunk_tokens) == expected
+        assert own.items() <= resolved.own.items(), "what a start records"
+
+
+@pytest.mark.parametrize("asked", [0, -1, 1.5, "all", True])
+def test_pieces_of_the_loss_that_cannot_be_meant(write, asked):
+    path = write({"train_micro_batch_size_per_gpu": 1, "fd_scale": {"loss_chunk_tokens": asked}})
+    assert "fd_scale.loss_chunk_tokens" in refusal(path)
+    assert "must be a whole number, 1 or more" in refusal(path)
 
 
 @pytest.mark.parametrize(

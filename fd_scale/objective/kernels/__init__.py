@@ -5,7 +5,18 @@ from fd_scale.objective.kernels.whitened_smooth_l1 import (
     ChannelStatistics,
     Loss,
     TeacherNorm,
+    loss_and_gradient,
+    scaled,
     whitened_smooth_l1,
 )
 
-__all__ = ["ChannelStatistics", "Choice", "Loss", "TeacherNorm", "choose", "whitened_smooth_l1"]
+__all__ = [
+    "ChannelStatistics",
+    "Choice",
+    "Loss",
+    "TeacherNorm",
+    "choose",
+    "loss_and_gradient",
+    "scaled",
+    "whitened_smooth_l1",
+]

@@ -119,6 +119,34 @@ def whitened_smooth_l1(
     return Loss(*_InPlace.apply(*arguments))
 
 
+def loss_and_gradient(
+    prediction_BNC: Tensor,
+    teacher_BNC: Tensor,
+    weight_BN: Tensor,
+    denominator: Tensor,
+    *,
+    target: Literal["whiten", "l2", "none"],
+    beta: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient by the prediction at once, outside of autograd: for a part of a map, whose
+    ``denominator`` (a scalar tensor) is that of the whole. ``weight_BN``: a token of weight 0 is left out."""
+    scale_and_vectors = (None,) * 5
+    settings = (target, float(beta), L2_EPS if target == "l2" else float(eps), 0.0)
+    value, _, gradient_BNC = _operator(
+        prediction_BNC, teacher_BNC, weight_BN, None, denominator, *scale_and_vectors, *settings
+    )
+    return value, gradient_BNC
+
+
+def scaled(values: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
+    """Contiguous ``values`` times a scalar tensor; in place, nothing moves where that is 1 on a GPU."""
+    if not in_place:
+        return (values * factor).to(values.dtype)
+    _scale_in_place(values, factor, None)
+    return values
+
+
 class _InPlace(torch.autograd.Function):
     """The operator in eager code, where nothing else sees the gradient: backward scales it where it lies."""
 

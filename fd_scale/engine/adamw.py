@@ -27,12 +27,17 @@ def adamw(
     The learning rate starts at 0, since DeepSpeed's replicated bf16 optimizer takes one step on zero
     gradients while it is being built, which would decay the weights; the engine sets it for every step.
     ``clip_here`` is for ZeRO stage 0 in float32, which is plain PyTorch to DeepSpeed.
+
+    Which of PyTorch's implementations runs is said here and not left to it: the fused kernel on a GPU, which
+    reads no number of the device, and one tensor after the other elsewhere. Others (foreach, and the
+    FusedAdam of DeepSpeed and of apex) are timed by ``benchmarks/step.py --parts``.
     """
     options: dict[str, Any] = {
         "lr": 0.0,
         "betas": spec.betas,
         "eps": spec.eps,
-        "fused": device.type == "cuda" or None,
+        "fused": device.type == "cuda",
+        "foreach": False,
     }
     if clip_here:
         return ClippingAdamW(groups, clip_norm=spec.clip_norm, **options)

@@ -23,6 +23,7 @@ from fd_scale.engine.adamw import adamw
 from fd_scale.engine.zero import Engine
 from fd_scale.errors import RunError
 from fd_scale.export import export
+from fd_scale.objective import kernels
 from fd_scale.objective.chunked import ChunkedLoss
 from fd_scale.objective.losses import Objective
 from fd_scale.plan import placement
@@ -82,6 +83,7 @@ class Distillation:
         self.teachers = placed(teachers, resolved, world)
         self.guests = [Guest(teacher, recipe.objective) for teacher in self.teachers]
         self.objective = Objective(recipe.objective)
+        log.info("loss: %s", what_computes(self.objective, self.teachers[0], world.device))
         self.chunk_tokens = resolved.loss_chunk_tokens
         self.module = world.together(lambda: seeded_student(recipe, self.teachers, resolved))
         self.sizes = sorted({self.module.input_size, *(teacher.input_size for teacher in self.teachers)})
@@ -130,6 +132,13 @@ class Distillation:
         for average in (False, True)[: 1 + (self.average_decay is not None)]:
             written = run.world.on_main(partial(export, run.folder.path, average=average))
             log.info("student%s: %s", " (EMA)" if average else "", written.weights)
+
+
+def what_computes(objective: Objective, teacher: Teacher, device: torch.device) -> str:
+    """Which implementation the loss has for a teacher's tokens, and why; for the log."""
+    token_BND = torch.empty(1, 1, teacher.width, dtype=teacher.dtype, device=device)
+    chosen = kernels.choose(token_BND, token_BND, objective.spec.target)
+    return f"{chosen.name} ({chosen.reason})"
 
 
 def load_teachers(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[Teacher]:

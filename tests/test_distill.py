@@ -149,6 +149,7 @@ def test_a_run_learns_and_writes_it_down(whole: tuple[Path, str]) -> None:
     stalled = [row["step"] for row in rows if row["checkpoint_stall_s"] > 0]
     assert stalled == [5, 9], "the intervals in which steps 4 and 8 were saved"
     assert "images/s" in output
+    assert "loss: reference (the features are on cpu, and the kernel needs a CUDA device)" in output
     (run,) = root.iterdir()
     assert recipes.load(run / "recipe.json").run_name == run.name
     assert json.loads((run / "starts/0001/ds_config.json").read_text())["gradient_accumulation_steps"] == 1

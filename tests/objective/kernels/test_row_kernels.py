@@ -41,6 +41,7 @@ def test_no_atomics_no_device_library_and_nothing_that_waits_for_the_device() ->
             node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
         }
         assert not {name for name in names if name.startswith("atomic")}, path.name
-        assert not names & {"libdevice", "item", "cpu", "tolist", "synchronize", "equal", "nonzero"}, (
+        # A product would multiply bit patterns in the interpreter.
+        assert not names & {"dot", "libdevice", "item", "cpu", "tolist", "synchronize", "equal", "nonzero"}, (
             path.name
         )

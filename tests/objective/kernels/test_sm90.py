@@ -203,6 +203,17 @@ def test_rows_off_their_16_bytes_are_read_singly_and_still_fit(
     assert binary.wide("LDG") == 0
 
 
+def test_contraction_is_asked_for_by_name(launched: dict[str, Recorder]) -> None:
+    """Its default differs between versions of Triton, and with it the last bits."""
+    prediction, teacher = features((2, 8, 96), torch.bfloat16)
+    kernels.whitened_smooth_l1(prediction, teacher)
+    importlib.import_module("fd_scale.objective.kernels.row_kernels").launch_scale(
+        prediction, torch.tensor(2.0), None
+    )
+    for name, recorder in launched.items():
+        assert recorder.arguments["enable_fp_fusion"] is True, name
+
+
 def test_total_and_scale_kernels(launched: dict[str, Recorder], tmp_path: Path) -> None:
     prediction, teacher = features((2, 8, 96), torch.bfloat16)
     kernels.whitened_smooth_l1(prediction, teacher)

@@ -15,7 +15,7 @@ help:
 	@echo "make test   all tests"
 	@echo "make test-slurm  the tests on a real Slurm of two nodes, on this machine; needs root once"
 	@echo "make lint   format check, lint, types"
-	@echo "make bench  benchmarks; results go to benchmarks/results"
+	@echo "make bench  benchmarks; results go to benchmarks/results, their tables to docs/performance.md"
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,8 +42,9 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	@for script in $$(grep -l __main__ benchmarks/*.py); do \
+	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v -e gpu.py -e tables.py); do \
 		echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
+	$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_out diagnose_out

@@ -41,14 +41,14 @@ from fd_scale.objective.losses import Normaliser
 from fd_scale.run import recipe as recipes
 from models.projector import Projector
 
-SETS_BYTES = {"cuda": 2**30, "cpu": 2**27}
+SETS_BYTES = {"cuda": 2**30, "cpu": 2**26}
 """Prediction and teacher of all sets of a case; more than any cache."""
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 """Buffer whose copy is the ceiling."""
 
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
-CPU = Protocol(warm_up=2, runs=9, passes=2)
+CPU = Protocol(warm_up=1, runs=5, passes=2)
 
 Pair = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Tensor, "Case"], Tensor]
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     protocol = clock.SMOKE if asked.smoke else {"cuda": clock.FULL, "cpu": CPU}[device]
-    share = 1 if device == "cuda" else 32
+    share = 1 if device == "cuda" else 64
     if asked.chunked:
         found = measure_chunked(device, protocol, TINY_HEADS if asked.smoke else heads_cases(share))
     elif asked.smoke:

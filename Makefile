@@ -42,9 +42,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v -e gpu.py -e tables.py); do \
+	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v -e gpu.py -e tables.py -e plots.py); do \
 		echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.plots
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_out diagnose_out

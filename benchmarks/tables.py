@@ -125,10 +125,15 @@ def loss_table(device: str) -> Iterator[list[str]]:
         ]
 
 
+def measured_steps(device: str) -> list[Found]:
+    """The rows of all steps that were measured to their end."""
+    files = [f"step-{device}"] + [f"step-{device}-{m}" for m in ("vitb", "vitl", "swinv2b", "swinv2g")]
+    return [row for name in files for row in rows_of(name) if "part_share" in row]
+
+
 def parts_table(device: str) -> Iterator[list[str]]:
     """Where the time of a step goes."""
-    files = [f"step-{device}"] + [f"step-{device}-{m}" for m in ("vitb", "vitl", "swinv2b", "swinv2g")]
-    for row in (row for name in files for row in rows_of(name) if "part_share" in row):
+    for row in measured_steps(device):
         shares = [f"{share:.0%}" for share in row["part_share"].values()]
         yield [row["model"], row["variant"], f"{row['images_per_s']:.1f}", *shares]
 

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -26,9 +27,18 @@ from torch import Tensor, nn
 from fd_scale.data.index import ShardSet
 from fd_scale.data.loader import evaluation_batches
 from fd_scale.engine.checkpoint import Pieces, kind_of_weights
+from fd_scale.evaluate.backbone import PROJECTED, of_export
 from fd_scale.evaluate.features import EvaluationError
-from fd_scale.evaluate.naming import EMA, DistilledRun, SourceError, label, meaning
-from fd_scale.export import choose
+from fd_scale.evaluate.naming import (
+    EMA,
+    DistilledRun,
+    ExportedFile,
+    SourceError,
+    label,
+    meaning,
+    refuse_unused,
+)
+from fd_scale.export import choose, embedding_file
 from fd_scale.objective.targets import has_class_token
 from fd_scale.pixels import normalise
 from fd_scale.run.folder import RunFolder
@@ -189,8 +199,9 @@ def embeddings(student: ClipStudent, clip: Clip, train: ShardSet | None, world: 
     Raises ``EvaluationError`` for a CLIP of another width than the student's teacher.
     """
     modes: dict[str, Embed] = {}
-    if student.student.embedder is not None:
-        modes["projected"] = _checked_embedder(student, clip)
+    if (head := student.student.embedder) is not None:
+        check_embedding(student.name, head.out_features, clip)
+        modes["projected"] = student.embeddings
     objective = student.student.objective
     if not has_class_token(granularity=objective.granularity, cls=objective.cls):
         return modes
@@ -208,14 +219,13 @@ def embeddings(student: ClipStudent, clip: Clip, train: ShardSet | None, world: 
     return modes
 
 
-def _checked_embedder(student: ClipStudent, clip: Clip) -> Embed:
-    head = student.student.embedder
-    if head is not None and head.out_features != clip.width:
+def check_embedding(name: str, width: int, clip: Clip) -> None:
+    """Raise ``EvaluationError`` where images are embedded in another width than texts."""
+    if width != clip.width:
         raise EvaluationError(
-            f"{student.name} embeds images in {head.out_features} channels, and {clip.name} texts in "
-            f"{clip.width}: give the CLIP that was its teacher (--clip)"
+            f"{name} embeds images in {width} channels, and {clip.name} texts in {clip.width}: give the CLIP "
+            "that was its teacher (--clip)"
         )
-    return student.embeddings
 
 
 def _fitted(student: ClipStudent, train: ShardSet, world: World) -> Affine:
@@ -261,12 +271,16 @@ class Asked:
 def asked(text: str, tower: Clip, fit: ShardSet | None, step: int | None, world: World) -> Asked:
     """The network that ``text`` names, through the words of ``tower``. Collective.
 
-    Raises ``SourceError`` for a network that is neither a CLIP nor a distillation.
+    Raises ``SourceError`` for a network that is neither a CLIP nor a distillation nor an export with a head
+    to CLIP's embedding.
     """
     if text.startswith("open_clip:"):
         visual = tower.model.visual.state_dict()  # type: ignore[union-attr]
         return Asked(text, fingerprint(visual, clip=text), tower.input_size, {"clip": tower.embed})
     named = meaning(text)
+    refuse_unused(text, named, step=step, input_size=None)
+    if isinstance(named, ExportedFile):
+        return world.together(lambda: _asked_export(text, named.path, tower, world.device))
     if not isinstance(named, DistilledRun):
         raise SourceError(
             f"{text} has no text tower: words are for open_clip:NAME@WEIGHTS and for distillations"
@@ -275,3 +289,21 @@ def asked(text: str, tower: Clip, fit: ShardSet | None, step: int | None, world:
     student = world.together(opened)
     modes = embeddings(student, tower, fit, world)
     return Asked(student.name, student.record, student.student.input_size, modes)
+
+
+def _asked_export(text: str, weights: Path, tower: Clip, device: torch.device) -> Asked:
+    """An exported student, by the head that lies beside it."""
+    backbone = of_export(weights, device=device)
+    if backbone.project is None:
+        raise SourceError(
+            f"{text} has no {embedding_file(weights).name} beside it, the head to CLIP's embedding that "
+            "objective.embedding_weight gives: name its run instead"
+        )
+    grey = torch.zeros(1, 3, backbone.input_size, backbone.input_size, dtype=torch.uint8)
+    check_embedding(backbone.name, backbone.pooled(grey)[PROJECTED].shape[1], tower)
+    return Asked(
+        backbone.name,
+        backbone.fingerprint,
+        backbone.input_size,
+        {"projected": lambda pixels: backbone.pooled(pixels)[PROJECTED]},
+    )

@@ -170,7 +170,8 @@ def embed(
 ) -> Embedded:
     """This process's part of the images and their captions.
 
-    Raises ``EvaluationError`` for a sample without captions and for shards that can only be streamed.
+    Raises ``EvaluationError`` for a sample without captions, for shards that can only be streamed, and for
+    embeddings that are not finite.
     """
     if shards.needs_telling:
         raise EvaluationError(
@@ -186,17 +187,27 @@ def embed(
         if not lines:
             continue
         images += F.normalize(look(part.pixels[size][part.valid].to(world.device)).float(), dim=1).cpu()
+        captions = list(itertools.chain(*lines))
+        texts += F.normalize(tower.embed_texts(captions).float(), dim=1).cpu()
         first = len(images) - len(lines)
-        for number, captions in enumerate(lines):
-            texts += F.normalize(tower.embed_texts(captions).float(), dim=1).cpu()
-            owners += [first + number] * len(captions)
-    none = torch.zeros(0, tower.width)
+        owners += [first + number for number, of_image in enumerate(lines) for _ in of_image]
     return Embedded(
-        torch.stack(images) if images else none,
-        torch.stack(texts) if texts else none,
+        _whole(images, tower, network.name),
+        _whole(texts, tower, tower.name),
         torch.tensor(owners, dtype=torch.int64),
         num_left_out,
     )
+
+
+def _whole(rows: list[Tensor], tower: Clip, name: str) -> Tensor:
+    """Embeddings as one tensor; a NaN is near to nothing, and would be found by nobody or by all."""
+    found = torch.stack(rows) if rows else torch.zeros(0, tower.width)
+    if wrong := int((~torch.isfinite(found).all(dim=1)).sum()):
+        raise EvaluationError(
+            f"{name} gives {wrong} of {len(found)} embeddings that are not finite: its weights are damaged, "
+            "or it diverged"
+        )
+    return found
 
 
 def _captioned(

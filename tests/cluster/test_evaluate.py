@@ -12,7 +12,7 @@ from fd_scale.data.scenes import write_scenes
 from tests.cluster.cluster import Cluster
 from tests.cluster.program import NOTING, REPOSITORY, curve, starts
 
-STEPS = 4
+STEPS = 8
 PATIENCE_S = 200.0
 
 

@@ -19,8 +19,10 @@ from fd_scale.data.sets import open_shards
 from fd_scale.distill import Distillation
 from fd_scale.errors import RecipeError, RunError
 from fd_scale.evaluate import accuracy
+from fd_scale.evaluate import clip as clips
 from fd_scale.evaluate.clip import Clip, ClipStudent, clip_student, embeddings
 from fd_scale.evaluate.features import EvaluationError
+from fd_scale.evaluate.naming import SourceError
 from fd_scale.evaluate.source import open_source
 from fd_scale.evaluate.zeroshot import logits, text_weights
 from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -35,7 +37,13 @@ from tests.spawn import spawn
 from tests.teachers.tiny import CLIP_VISION, VIT, loaded, pixels, saved, shaken, spec
 
 ARCHITECTURE = "vit_base_patch16_clip_quickgelu_224"
-WORLD: Any = SimpleNamespace(device=torch.device("cpu"), rank=0, size=1, gather=lambda value: [value])
+WORLD: Any = SimpleNamespace(
+    device=torch.device("cpu"),
+    rank=0,
+    size=1,
+    gather=lambda value: [value],
+    together=lambda action: action(),
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +109,7 @@ def test_a_student_with_a_perfect_projector_has_the_teacher_s_accuracy(
     assert abs(found[0].top1 - found[1].top1) < 1e-6
     ours = F.normalize(modes["projected"](pixels(SIDE, 20)), dim=1)
     theirs = F.normalize(clip.embed(pixels(SIDE, 20)), dim=1)
-    # timm's tower and open_clip's in float32: worst seen 4e-7.
+    # timm's tower and open_clip's in float32: worst seen 3e-7.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
@@ -113,6 +121,17 @@ def test_what_has_no_projection_or_another_one_is_refused(clip: Clip, teacher: A
     student.embedder = torch.nn.Linear(24, 7)
     with pytest.raises(EvaluationError, match="embeds images in 7 channels, and tiny texts in 10"):
         embeddings(ClipStudent(student, teacher, "other", {}), clip, None, WORLD)
+
+
+def test_networks_that_cannot_be_asked_in_words_are_refused(clip: Clip, tmp_path: Path) -> None:
+    folder = tmp_path / "a-run"
+    folder.mkdir()
+    asked_for = derive(recipe(), **{"objective.cls": "drop", "objective.embedding_weight": 0.0})
+    (folder / "recipe.json").write_text(asked_for.to_json())
+    with pytest.raises(EvaluationError, match=r"did not regress its teacher's class token .*'drop'"):
+        clip_student(RunFolder.at(folder), step=None, device=torch.device("cpu"))
+    with pytest.raises(SourceError, match="has no text tower: words are for open_clip:NAME@WEIGHTS"):
+        clips.asked("timm:test_vit@random", clip, None, None, WORLD)
 
 
 def test_random_weights_have_a_projection_of_clip_s_width_for_trials() -> None:
@@ -170,7 +189,17 @@ def test_a_run_learns_the_embedding_and_its_export_has_it(tmp_path: Path) -> Non
         found.append(student.embeddings(seen))
         wanted = teacher.projection(teacher.features(seen).tokens_BND[:, 0])
     for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)  # batches alike: worst seen 1e-6
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)  # equal batches: worst seen 0
+    tower: Any = SimpleNamespace(width=512, name="random")
+    told = clips.asked(str(export), tower, None, None, WORLD)
+    assert list(told.modes) == ["projected"]
+    assert torch.equal(told.modes["projected"](seen), found[1])
+    tower.width = 7
+    with pytest.raises(EvaluationError, match="embeds images in 512 channels, and random texts in 7"):
+        clips.asked(str(export), tower, None, None, WORLD)
+    export.with_name("step-00000020.embedding.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"has no step-00000020.embedding.safetensors beside it"):
+        clips.asked(str(export), tower, None, None, WORLD)
     # Of random students the cosine is 0 +- 0.05 over 512 channels.
     assert float(F.cosine_similarity(found[0], wanted).mean()) > 0.5
     assert "embedding.safetensors" in export.with_suffix(".md").read_text()

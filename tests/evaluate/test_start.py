@@ -29,7 +29,10 @@ def test_weights_of_another_architecture_are_listed() -> None:
         (Start(), "start.network is not set: name a run, an exported file or LIBRARY:NAME@WEIGHTS"),
         (Start(network="open_clip:ViT-B-16@openai"), "cannot be fine-tuned: name the same network in timm"),
         (Start(network="timm:test_vit@random", step=3), "--step 3 is for runs"),
-        (Start(network="timm:test_vit@random", weights="average"), "is for fine-tuned runs"),
+        (
+            Start(network="timm:test_vit@random", weights="average"),
+            "is for runs, and timm:test_vit",
+        ),
     ],
 )
 def test_words_that_name_nothing_trainable_are_refused(asked: Start, message: str) -> None:

@@ -9,8 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fd_scale import training
+from fd_scale.diagnose import tasks
+from fd_scale.diagnose.landscape import direction, evaluate
 from fd_scale.diagnose.subjects import load_pair
 from fd_scale.engine.checkpoint import AVERAGE, MASTER, Pieces, committed
 from fd_scale.evaluate import finetune
@@ -21,6 +24,7 @@ from fd_scale.evaluate.tuned import load
 from fd_scale.run.transfer import Start, TransferRecipe
 from fd_scale.run.watchdog import Watchdog
 from fd_scale.run.world import World
+from tests.diagnose.tiny import ALONE
 from tests.evaluate.test_backbone import pixels
 from tests.evaluate.test_finetune import SIDE, data, recipe  # noqa: F401
 from tests.spawn import spawn
@@ -66,6 +70,22 @@ def test_the_head_on_the_mean_patch_gives_the_run_s_own_logits(run: Path) -> Non
     assert expected.std() > 1e-4
     assert backbone.name == f"{run.name}#ema@2"
     assert backbone.fingerprint["fine_tuned"] == "average"
+
+
+@torch.no_grad()
+def test_a_diagnosis_takes_it_for_its_fine_tuned_stage(run: Path) -> None:
+    """All its filters move, the head's too; where they are, loss and hits are those of the logits."""
+    subject = load_pair(str(run), None).subject
+    seen, labels = pixels(5, SIDE), torch.tensor([0, 1, 2, 3, 4])
+    assert subject.classifier is not None
+    logits = subject.classifier()(seen)
+    task = tasks.fine_tuned(subject, [seen], [labels], {}, num_classes=logits.shape[1])
+    line = direction(task.parameters, seed=0, number=0)
+    assert {"network.head.weight", "network.network.blocks.0.attn.qkv.weight"} < line.keys()
+    ((cost, hits),) = evaluate(task, [seen], {}, [{}], ALONE)
+    # One float32 sum of five terms: worst seen 0.
+    assert float(cost) == pytest.approx(float(F.cross_entropy(logits, labels, reduction="sum")), rel=1e-6)
+    assert float(hits) == float((logits.argmax(1) == labels).sum())
 
 
 def test_the_weights_are_the_average_of_the_checkpoint(run: Path) -> None:

@@ -47,7 +47,7 @@ from fd_scale.run.recipe import Recipe
 from fd_scale.run.scale import Resolved
 from fd_scale.run.world import World
 from fd_scale.student import Student
-from fd_scale.teachers import Guest
+from fd_scale.teachers import Guest, targets
 from fd_scale.teachers.sharded import placed
 
 BATCHES = 4
@@ -163,7 +163,7 @@ class Setup:
             valid = torch.ones(len(pixels), dtype=torch.bool, device=self.device)
         with part("teacher"):
             if taught is None:
-                taught = [guest({pixels.shape[-1]: pixels}) for guest in self.guests]
+                taught = targets(self.guests, {pixels.shape[-1]: pixels})
         with part("forward"):
             predicted = self.engine(pixels)
         with part("loss"):
@@ -185,7 +185,7 @@ class Setup:
     def targets(self) -> list[Tensor]:
         """What the teachers say of the first batch."""
         pixels = self.batches[0].to(self.device)
-        return [guest({pixels.shape[-1]: pixels}) for guest in self.guests]
+        return targets(self.guests, {pixels.shape[-1]: pixels})
 
 
 class Clocks:

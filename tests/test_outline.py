@@ -1,9 +1,10 @@
-"""What a dry run says of the data: shares of a mix, rounds, and how many processes can share it."""
+"""What a dry run says of the data (shares of a mix, rounds, how many processes can share it) and of the
+engine."""
 
 from pathlib import Path
 
 from fd_scale.data.sets import open_shards
-from fd_scale.outline import _data_rows, _plan_rows
+from fd_scale.outline import _data_rows, _engine, _plan_rows
 from fd_scale.run import recipes, scale
 from fd_scale.run.recipe import derive
 from tests.data.test_manifest import write_set
@@ -36,3 +37,11 @@ def test_without_data_the_rest_is_said(tmp_path: Path) -> None:
     assert rows["data"] == "data.shards is not set"
     assert rows["to see"] == f"{recipe.schedule.images:,} images"
     assert f"{recipe.global_batch:,} = 1 processes" in rows["global batch"]
+
+
+def test_a_loss_in_pieces_is_said() -> None:
+    resolved = scale.Resolved({}, 8, 1, 3, True, False, loss_chunk_tokens=4096)
+    assert _engine(resolved, "mine") == (
+        "ZeRO-3, bf16, activation checkpointing off, teacher: replicate, loss in pieces of 4096 tokens "
+        "(scale mine)"
+    )

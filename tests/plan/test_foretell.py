@@ -112,6 +112,15 @@ def test_the_recommended_file_is_a_scale_that_runs(survey: foretell.Survey, tmp_
     assert plan.best.time.total_s <= plan.asked.time.total_s * advice.NEAR
 
 
+def test_a_recommended_file_keeps_the_loss_in_pieces(survey: foretell.Survey) -> None:
+    asked = replace(survey, scale=replace(survey.scale, loss_chunk_tokens=64))
+    plan = foretell.foretell(asked, of_size(8, H200))
+    assert plan.best is not None
+    assert foretell.recommendation(plan, plan.best)["ds_config"]["fd_scale"]["loss_chunk_tokens"] == 64
+    said = dict(tables._summary(plan))
+    assert said["loss in pieces"] == "is planned as if maps were whole: it takes less memory"
+
+
 def test_numbers_of_gpus_side_by_side(survey: foretell.Survey) -> None:
     columns = foretell.compare(survey, [of_size(n, H200) for n in foretell.COMPARED])
     assert [column.cluster.num_gpus for column in columns] == [1, 8, 64, 512, 4096]

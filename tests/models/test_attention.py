@@ -180,6 +180,7 @@ def test_the_fused_form_in_bfloat16_against_float64(num_tokens, learnt):
     check_as_models_have_it(fused_attention, num_tokens, learnt)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("num_tokens", [1, 49, 197])
 def test_flex_attention_gives_the_same(num_tokens):
     tensors = inputs(2, 2, num_tokens, num_tokens, 16, dtype=torch.float32)

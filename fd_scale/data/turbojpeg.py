@@ -47,7 +47,8 @@ def region(image: bytes, top: int, left: int, height: int, width: int, divisor: 
     """The pixels of a box of the image at 1 / divisor of its size (rounded up), uint8 (height, width, 3) RGB.
 
     The box counts pixels of that smaller image and lies within it. The same values as if the whole were
-    decoded at that size and cut. ``None`` where the file is damaged, or of a kind that has no regions.
+    decoded at that size and cut. ``None`` where the file is damaged, too small for the box, or of a kind that
+    has no regions.
     """
     library = _library()
     if library is None:
@@ -62,6 +63,8 @@ def region(image: bytes, top: int, left: int, height: int, width: int, divisor: 
         unit = -(-_UNIT_WIDTHS[subsampling] // divisor)
         begin = max(0, left - _MARGIN) // unit * unit
         end = min(left + width + _MARGIN, -(-library.tj3Get(decoder, _WIDTH) // divisor))
+        if height < 1 or not 0 < width <= end - left:
+            return None  # to the library nothing means everything, for which there would be no room
         if library.tj3SetCroppingRegion(decoder, _Region(begin, top, end - begin, height)):
             return None
         pixels = np.empty((height, end - begin, 3), dtype=np.uint8)

@@ -46,8 +46,20 @@ def test_what_it_cannot_decode_is_none():
     half = image[: len(image) // 2]
     for bad in (b"", b"\xff\xd8\xff", image[:100], half, half + b"\xff\xd9", cmyk, b"\x89PNG" + image):
         assert turbojpeg.region(bad, 0, 0, 64, 96, 1) is None
-    for box in ((0, 0, 65, 96), (60, 0, 5, 96), (-1, 0, 8, 8)):
-        assert turbojpeg.region(image, *box, 1) is None
+
+
+@needs_turbojpeg
+@pytest.mark.parametrize(
+    "box",
+    [
+        *[(0, 0, 65, 96), (0, 0, 64, 97), (60, 0, 5, 96), (-1, 0, 8, 8)],  # over an edge
+        *[(64, 0, 8, 8), (0, 96, 8, 8), (0, 98, 8, 8), (0, 2**20, 8, 8)],  # beyond it
+        *[(0, 0, 0, 96), (0, 0, 64, 0), (0, 8, 8, -8)],  # of no size
+    ],
+)
+def test_a_box_that_is_not_within_the_image_is_not_decoded(box):
+    """More pixels than there is room for would be written elsewhere."""
+    assert turbojpeg.region(encoded(picture(4, 64, 96), "JPEG"), *box, 1) is None
 
 
 @needs_turbojpeg

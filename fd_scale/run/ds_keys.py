@@ -65,6 +65,10 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 WHOLE = Kind("a whole number, 0 or more", _is_whole)
 POSITIVE = Kind("a whole number, 1 or more", lambda value: _is_whole(value) and value >= 1)
 NAMES = Kind("a list of names", _are_names)
+OFFLOAD = Kind(
+    '"none" or "cpu" (fd_scale\'s checkpoints could not find what is kept on NVMe)',
+    lambda value: value in ("none", "cpu"),
+)
 GRANULARITY = Kind(
     'true, false, or which blocks: {"every": 2} (one block of each two), {"stages": [0, 1]}, or both',
     _is_granularity,
@@ -83,8 +87,8 @@ ALLOWED: Keys = {
         "enable_sanity_checks": FLAG,
         "log_trace_cache_warnings": FLAG,
         "memory_efficient_linear": FLAG,
-        "offload_optimizer": {"device": _one_of("none", "cpu"), "pin_memory": FLAG},
-        "offload_param": {"device": _one_of("none", "cpu"), "pin_memory": FLAG},
+        "offload_optimizer": {"device": OFFLOAD, "pin_memory": FLAG},
+        "offload_param": {"device": OFFLOAD, "pin_memory": FLAG},
         "overlap_comm": FLAG,
         "parameter_alignment": FLAG,
         "reduce_bucket_size": POSITIVE,

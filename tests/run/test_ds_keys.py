@@ -127,7 +127,9 @@ ILLEGAL = [
     ("zero_optimization.stage", True, "=true must be 0, 1, 2 or 3"),
     ("zero_optimization.stage", {}, "={} must be 0, 1, 2 or 3"),
     ("zero_optimization.reduce_bucket_size", -1, "=-1 must be a whole number"),
-    ("zero_optimization.offload_optimizer.device", "nvme", '="nvme" must be "none" or "cpu"'),
+    ("zero_optimization.offload_optimizer.device", "nvme", '="nvme" must be "none" or "cpu" (fd_scale'),
+    ("zero_optimization.offload_param.device", "nvme", "could not find what is kept on NVMe"),
+    ("zero_optimization.offload_param.device", ["cpu"], 'must be "none" or "cpu"'),
     ("comms_logger.prof_ops", "all_reduce", "must be a list of names"),
     ("comms_logger.prof_ops", [1], "must be a list of names"),
 ]

@@ -37,7 +37,8 @@ from benchmarks.plan_cases import CPU_CASES, GPU_CASES, Case
 from fd_scale.distill import load_teachers, seeded_student
 from fd_scale.engine.zero import Engine
 from fd_scale.objective import Objective
-from fd_scale.plan.memory import Layout, Memory, Sizes, memory, sharding
+from fd_scale.plan.layout import Layout, Sizes
+from fd_scale.plan.memory import Memory, memory, sharding
 from fd_scale.plan.trace import Networks
 from fd_scale.run.world import World, free_port
 from fd_scale.teachers import Guest

@@ -13,11 +13,11 @@ from typing import Any
 
 from fd_scale.errors import ScaleError
 from fd_scale.plan.cluster import Cluster
-from fd_scale.plan.growth import Growth
-from fd_scale.plan.memory import GIB, Layout, Memory, Sizes, memory, with_gradients
+from fd_scale.plan.course import Course, Trace
+from fd_scale.plan.layout import Layout, Sizes
+from fd_scale.plan.memory import GIB, Memory, memory, with_gradients
 from fd_scale.plan.placement import Decision, settled
 from fd_scale.plan.step_time import Assumptions, StepTime, step_time
-from fd_scale.plan.trace import Trace
 from fd_scale.run import scale
 from fd_scale.run.recipe import Recipe
 from fd_scale.run.scale import MICRO_BATCH, Scale
@@ -48,11 +48,11 @@ class Shapes:
     traced with gradients taken as they come."""
 
     sizes: Sizes
-    growth: dict[bool, Growth]
+    courses: dict[bool, Course]
 
     def trace(self, layout: Layout) -> Trace:
         """The micro-step of a layout."""
-        return with_gradients(self.growth[layout.recompute].at(layout.micro_batch), layout, self.sizes)
+        return with_gradients(self.courses[layout.recompute].at(layout.micro_batch), layout, self.sizes)
 
 
 def judge(layout: Layout, shapes: Shapes, cluster: Cluster, assumed: Assumptions) -> Choice:
@@ -114,7 +114,7 @@ def choices(
         if stage == 3 and wanted.compile:
             continue  # a scale may not ask for both
         config = with_stage(wanted, stage)
-        for recompute in shapes.growth:
+        for recompute in shapes.courses:
             for size in allowed:
                 resolved = scale.resolve(_with(config, {MICRO_BATCH: size}), recipe, world)
                 layout = replace(Layout.of(resolved, world), recompute=recompute)

@@ -14,8 +14,8 @@ from fd_scale.plan import advice
 from fd_scale.plan.advice import Choice, Shapes
 from fd_scale.plan.cluster import Cluster
 from fd_scale.plan.cost import Cost, Prices, cost
-from fd_scale.plan.growth import Growth
-from fd_scale.plan.memory import FRAGMENTATION, GIB, OUTSIDE_GIB, Layout, Sizes
+from fd_scale.plan.layout import Layout, Sizes
+from fd_scale.plan.memory import FRAGMENTATION, GIB, OUTSIDE_GIB
 from fd_scale.plan.step_time import Assumptions
 from fd_scale.plan.trace import BACKWARD, FORWARD, LOSS, TEACHER, Networks
 from fd_scale.run import scale
@@ -62,26 +62,24 @@ class Plan:
 
 
 def survey(recipe: Recipe) -> Survey:
-    """Trace the recipe's networks at its scale's micro-batch, with and without recomputation."""
+    """Trace the recipe's networks, with and without recomputation."""
     wanted = scale.load(recipe.scale)
     micro_batch = int(wanted.deepspeed[scale.MICRO_BATCH])
     bf16 = bool(wanted.deepspeed.get("bf16", {}).get("enabled", False))
     networks = Networks.build(recipe, bf16=bf16, device="cuda")
-    growth = {
-        recompute: Growth.of(
-            networks,
-            micro_batch,
+    courses = {
+        recompute: networks.course(
             recompute=recompute,
             keeps_gradients=False,
             granularity=wanted.granularity if recompute else None,
         )
         for recompute in (False, True)
     }
-    trace = growth[wanted.activation_checkpointing].large
+    trace = courses[wanted.activation_checkpointing].at(micro_batch)
     flops = {phase: trace.flops(phase) / trace.micro_batch for phase in (TEACHER, FORWARD, LOSS, BACKWARD)}
     named = recipe.data.shards is not None or recipe.data.sources
     num_shards = len(open_shards(recipe, check=False).counts) if named else None
-    return Survey(recipe, wanted, Shapes(Sizes.of(networks), growth), flops, num_shards)
+    return Survey(recipe, wanted, Shapes(Sizes.of(networks), courses), flops, num_shards)
 
 
 def foretell(
@@ -202,7 +200,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "memory_gib": choice_memory(plan.asked) | {"gpu": cluster.gpu.memory_gib},
         "kept_gib": {
             name: size / GIB
-            for name, size in counted.shapes.growth[layout.recompute]
+            for name, size in counted.shapes.courses[layout.recompute]
             .at(layout.micro_batch)
             .kept_bytes.items()
         },

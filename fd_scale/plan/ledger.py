@@ -11,6 +11,7 @@ meta device that make new tensors, the result is worked out once per operation a
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,8 @@ class Work:
     """Floating-point operations, a multiply-add being two."""
     moved_bytes: int
     """Its inputs read and its outputs written, once each."""
+    fixed_bytes: int = 0
+    """Of them those whose number does not grow with the images."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class _Result:
 
     forms: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
     is_tuple: bool
-    flops: int
-    moved_bytes: int
+    cost: tuple[int, int, int]
+    """Floating-point operations, bytes moved, and those that do not grow."""
 
     def make(self) -> Any:
         """The result without its values."""
@@ -71,21 +74,29 @@ class _Storage:
 class Ledger(TorchDispatchMode):
     """Entered around a program. ``phase`` and ``label`` are set by whoever runs it.
 
-    ``live_bytes`` is held now by storages that were made inside and not let go of; ``peak_bytes`` the most so
-    far, and ``at_peak`` its composition by (phase at the peak, label of the storage).
+    ``live_bytes`` is held now by storages that were made inside and not let go of. ``history`` is what came
+    and what went, as (label, bytes), and ``phases`` the number of entries before each. ``images``: sizes that
+    are multiples of it grow with the images; by default, all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, images: int = 1) -> None:
         super().__init__()
+        self.images = images
         self.phase, self.label = "", ""
-        self.live_bytes = self.peak_bytes = 0
-        self.at_peak: tuple[str, dict[str, int]] = ("", {})
+        self.live_bytes = 0
+        self.history: list[tuple[str, int]] = []
+        self.phases: list[tuple[int, str]] = [(0, "")]
         self.work: Counter[Work] = Counter()
         self._live: dict[int, _Storage] = {}
         self._known: dict[int, weakref.ref[Any]] = {}
         self._by_label: Counter[str] = Counter()
         self._kinds: dict[OpOverload, bool] = {}
         self._functional: dict[OpOverload, bool] = {}
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was held at once."""
+        return max(itertools.accumulate(size for _, size in self.history), default=0)
 
     def know(self, tensors: Iterable[Tensor]) -> None:
         """Tensors from outside, such as parameters, which are not to be counted."""
@@ -101,19 +112,21 @@ class Ledger(TorchDispatchMode):
         """Count a tensor's storage under another label from now on."""
         found = self._live.get(tensor.untyped_storage()._cdata)
         if found is not None:
-            self._by_label[found.label] -= found.size_bytes
+            self._enter(found.label, -found.size_bytes)
             found.label = label
-            self._by_label[label] += found.size_bytes
+            self._enter(label, found.size_bytes)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Within, storages and work belong to ``phase``, and storages outside of labelled modules too."""
         before = (self.phase, self.label)
         self.phase = self.label = phase
+        self.phases.append((len(self.history), phase))
         try:
             yield
         finally:
             self.phase, self.label = before
+            self.phases.append((len(self.history), self.phase))
 
     @contextmanager
     def making(self, label: str) -> Iterator[None]:
@@ -149,18 +162,18 @@ class Ledger(TorchDispatchMode):
             for tensor in _tensors(out):
                 self._note(tensor)
             return out
-        key = _key(func, args, kwargs) if self._is_functional(func) else None
+        key = _key(func, args, kwargs, self.images) if self._is_functional(func) else None
         known = None if key is None else _RESULTS.get(key)
         if known is not None:
-            out, flops, moved = known.make(), known.flops, known.moved_bytes
+            out, cost = known.make(), known.cost
         else:
             out = func(*args, **kwargs)
-            flops, moved = _cost(func, args, kwargs, out)
+            cost = _cost(func, args, kwargs, out, self.images)
             if key is not None and key not in _RESULTS:
-                _RESULTS[key] = _result(args, kwargs, out, flops, moved)
+                _RESULTS[key] = _result(args, kwargs, out, cost)
         for tensor in _tensors(out):
             self._note(tensor)
-        self.work[Work(self.phase, flops, moved)] += 1
+        self.work[Work(self.phase, *cost)] += 1
         return out
 
     def _computes(self, func: OpOverload) -> bool:
@@ -192,34 +205,35 @@ class Ledger(TorchDispatchMode):
         size, label = storage.nbytes(), self.label
         entry = _Storage(size, label, weakref.ref(storage, lambda _: self._gone(key)))
         self._live[key] = entry
-        self._by_label[label] += size
-        self.live_bytes += size
-        if self.live_bytes > self.peak_bytes:
-            self.peak_bytes = self.live_bytes
-            self.at_peak = (self.phase, self.holding())
+        self._enter(label, size)
 
     def _gone(self, key: int) -> None:
         entry = self._live.pop(key)
-        self._by_label[entry.label] -= entry.size_bytes
-        self.live_bytes -= entry.size_bytes
+        self._enter(entry.label, -entry.size_bytes)
+
+    def _enter(self, label: str, size_bytes: int) -> None:
+        self.history.append((label, size_bytes))
+        self._by_label[label] += size_bytes
+        self.live_bytes += size_bytes
 
 
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias"}
 
 
-def _cost(func: OpOverload, args: Any, kwargs: dict[str, Any], out: Any) -> tuple[int, int]:
-    """Floating-point operations and bytes moved."""
+def _cost(func: OpOverload, args: Any, kwargs: dict[str, Any], out: Any, images: int) -> tuple[int, int, int]:
+    """Floating-point operations, bytes moved, and those that do not grow with the images."""
     count = flop_registry.get(func._overloadpacket)
     flops = 0 if count is None else int(count(*args, **kwargs, out_val=out))
     read = {id(tensor): tensor for tensor in (*_tensors(args), *_tensors(kwargs.values()))}
-    return flops, sum(map(_bytes, read.values())) + sum(map(_bytes, _tensors(out)))
+    moved = [_bytes(tensor) for tensor in (*read.values(), *_tensors(out))]
+    return flops, sum(moved), sum(size for size in moved if size % images)
 
 
-def _key(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+def _key(func: OpOverload, args: Any, kwargs: dict[str, Any], images: int) -> Any:
     """The operation and the form of its arguments; None where a tensor is not a plain one on the meta
     device."""
     try:
-        return func, _form((args, kwargs), {})
+        return func, images, _form((args, kwargs), {})
     except _NotOnMetaError:
         return None
 
@@ -242,7 +256,7 @@ class _NotOnMetaError(Exception):
     """A tensor whose kind may decide more than its form says."""
 
 
-def _result(args: Any, kwargs: dict[str, Any], out: Any, flops: int, moved: int) -> _Result | None:
+def _result(args: Any, kwargs: dict[str, Any], out: Any, cost: tuple[int, int, int]) -> _Result | None:
     """What to remember of an operation; None for tensors that are not storages of their own."""
     parts = out if isinstance(out, tuple) else (out,)
     if not all(part is None or (type(part) is Tensor and part.device.type == "meta") for part in parts):
@@ -259,7 +273,7 @@ def _result(args: Any, kwargs: dict[str, Any], out: Any, flops: int, moved: int)
             return None
         taken.add(storage._cdata)
         forms.append((part.shape, part.stride(), part.dtype))
-    return _Result(tuple(forms), isinstance(out, tuple), flops, moved)
+    return _Result(tuple(forms), isinstance(out, tuple), cost)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -1,7 +1,8 @@
 """What lies in the memory of one process, part by part, at the moments that may be the fullest?
 
-There are two. In the *pass* (teacher, forward, backward) the activations of one micro-batch are there, as
-``trace.py`` counted them; in the *step* they are gone, and the optimizer's copies are there. What DeepSpeed
+In the *pass* (teacher, forward, backward) the activations of one micro-batch are there, as ``trace.py``
+counted them; in the *step* they are gone, and the optimizer's copies are there; while a teacher in shares
+runs, its weights are gathered, and let go of before the student runs. What DeepSpeed
 holds beside the networks follows from the ZeRO stage and the scale; it was read in DeepSpeed 0.19.8 and
 agrees with what a run allocates (``tests/plan/test_memory.py``). All sizes are bytes of PyTorch's allocator;
 what the driver takes for itself, and holes between blocks, are in ``OUTSIDE_GIB`` and ``FRAGMENTATION``.
@@ -12,8 +13,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
+from fd_scale.plan.course import Trace
+from fd_scale.plan.layout import FP32, Layout, Sizes
 from fd_scale.plan.trace import (
     GATHERED,
     GRADIENTS,
@@ -22,14 +24,10 @@ from fd_scale.plan.trace import (
     REDUCTION,
     WORKSPACE,
     Device,
-    Networks,
     Sharding,
-    Trace,
 )
-from fd_scale.run.scale import AskedPlacement, Resolved
 
 GIB = 2**30
-FP32 = 4
 ALLREDUCE_BUCKET = 500_000_000
 """Elements that DeepSpeed flattens at a time to average gradients that no ZeRO stage shards."""
 
@@ -45,102 +43,7 @@ ACCUMULATED, BUCKETS = GRADIENTS, "reduction buckets"
 TEACHER_PREFETCH = 50_000_000
 """Elements that the engine of a sharded teacher fetches ahead (``engine.zero.shard_frozen``)."""
 STEP_COPIES = "optimizer's copies"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a run lies on its processes."""
-
-    world: int
-    zero_stage: int
-    bf16: bool
-    micro_batch: int
-    accumulation: int
-    recompute: bool
-    """Whether blocks are recomputed in the backward pass (activation checkpointing)."""
-    zero: Mapping[str, Any]
-    """The section ``zero_optimization`` of the scale."""
-    accumulates_fp32: bool
-    communicates_fp32: bool
-    immediate: bool = False
-    """bf16.immediate_grad_update."""
-    teacher: AskedPlacement = "replicate"
-    ema: bool = False
-    """A float32 moving average of the weights, sharded like the master weights."""
-
-    @classmethod
-    def of(cls, resolved: Resolved, world: int) -> Layout:
-        """The layout that a resolved scale gives."""
-        config = resolved.ds_config
-        types, bf16 = config.get("data_types", {}), resolved.bf16
-        return cls(
-            world=world,
-            zero_stage=resolved.zero_stage,
-            bf16=bf16,
-            micro_batch=resolved.micro_batch,
-            accumulation=resolved.accumulation,
-            recompute=resolved.activation_checkpointing,
-            zero=config.get("zero_optimization", {}),
-            accumulates_fp32=not bf16 or types.get("grad_accum_dtype") == "fp32",
-            communicates_fp32=not bf16 or config.get("communication_data_type") == "fp32",
-            immediate=bool(config.get("bf16", {}).get("immediate_grad_update", False)),
-            teacher=resolved.teacher,
-            ema=resolved.averages,
-        )
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of one weight in the networks."""
-        return 2 if self.bf16 else FP32
-
-    @property
-    def offloads_optimizer(self) -> bool:
-        """Whether master weights and moments are in the host's memory."""
-        return self.zero.get("offload_optimizer", {}).get("device", "none") != "none"
-
-    @property
-    def offloads_parameters(self) -> bool:
-        """Whether ZeRO-3's share of the weights is in the host's memory."""
-        return self.zero.get("offload_param", {}).get("device", "none") != "none"
-
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether gradients stay whole in ``.grad`` until the backward pass is over."""
-        if self.zero_stage == 1 and self.bf16 and self.accumulates_fp32:
-            return not self.immediate
-        return self.zero_stage == 0 or (self.zero_stage == 1 and not self.zero.get("overlap_comm", False))
-
-    @property
-    def gradients_are_there(self) -> bool:
-        """Whether ``.grad`` still holds those of an earlier micro-batch when a pass begins."""
-        return self.keeps_gradients and self.accumulation > 1
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of a recipe's networks."""
-
-    student: int
-    """Trainable parameters, projectors included."""
-    teacher: int
-    largest: int
-    """Of the student's largest tensor."""
-    small: Mapping[int, int]
-    """Elements in tensors of so many elements, by that number: what a persistence threshold keeps whole."""
-
-    @classmethod
-    def of(cls, networks: Networks) -> Sizes:
-        """Counted on the networks."""
-        sizes = [p.numel() for p in networks.student.parameters() if p.requires_grad]
-        small: Counter[int] = Counter()
-        for size in sizes:
-            small[size] += size
-        teacher = sum(p.numel() for p in networks.teacher.network.parameters())
-        return cls(sum(sizes), teacher, max(sizes), dict(small))
-
-    def below(self, threshold: int) -> int:
-        """Elements in tensors smaller than ``threshold``."""
-        return sum(total for size, total in self.small.items() if size < threshold)
+HOST_WEIGHTS, OFFLOAD_BUFFERS = "weights on their way", "offload buffers"
 
 
 @dataclass(frozen=True)
@@ -157,7 +60,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Memory:
-    """Both moments of one process, and what its host holds for it."""
+    """The moments of one process, and what its host holds for it."""
 
     moments: tuple[Moment, ...]
     host_bytes: int
@@ -185,18 +88,22 @@ def memory(layout: Layout, sizes: Sizes, trace: Trace, device: Device) -> Memory
     """
     if layout.teacher == "auto":
         raise ValueError("whether the teacher is whole or in shares is not decided yet (plan.placement)")
-    held = _held(layout, sizes)
-    on_host = {MASTER, MOMENTS, ACCUMULATED, EMA} if layout.offloads_optimizer else set()
-    on_host |= {WEIGHTS} if layout.offloads_parameters else set()
-    on_device = Counter({name: size for name, size in held.items() if name not in on_host})
+    on_device, on_host = _held(layout, sizes, device)
     if device == "cuda":
         on_device["library workspace"] = LIBRARY_WORKSPACE_BYTES
-    during_pass = on_device + Counter(_pass_parts(layout, sizes)) + Counter(_traced_parts(trace))
+    kept = on_device + Counter(_kept_gradients(layout, sizes))
+    during_pass = kept + Counter(_reduction_parts(layout, sizes)) + Counter(_traced_parts(trace.at_peak))
+    during_pass += Counter({"hpZ copy": _second_copy(layout, sizes, device)})
     if not trace.sharded:
         during_pass += Counter(_traffic_parts(layout, sizes, device))
-    during_step = on_device + Counter(_step_parts(layout, sizes, device))
-    host = sum(size for name, size in held.items() if name in on_host)
-    return Memory((Moment(trace.peak_phase, during_pass), Moment("step", during_step)), host)
+    moments = [Moment(trace.peak_phase, during_pass)]
+    if layout.teacher == "shard" and layout.world > 1:
+        gathered = Counter({"teacher's gather": _teacher_window(layout, sizes)})
+        # The student's weights come only after it.
+        taught = {label: size for label, size in trace.at_teacher_peak.items() if label != GATHERED}
+        moments.append(Moment("teacher's pass", kept + gathered + Counter(_traced_parts(taught))))
+    moments.append(Moment("step", on_device + Counter(_step_parts(layout, sizes, device))))
+    return Memory(tuple(moments), sum(on_host.values()))
 
 
 def with_gradients(trace: Trace, layout: Layout, sizes: Sizes) -> Trace:
@@ -216,69 +123,104 @@ def _share(numel: int, world: int) -> int:
     return -(-numel // world)
 
 
-def _held(layout: Layout, sizes: Sizes) -> dict[str, int]:
-    """What stays from step to step."""
+def _held(layout: Layout, sizes: Sizes, kind: Device) -> tuple[Counter[str], Counter[str]]:
+    """What stays from step to step on the device, and on the host."""
     stage, share = layout.zero_stage, _share(sizes.student, layout.world)
     sharded = share if stage > 0 else sizes.student
-    parts = {
-        WEIGHTS: layout.weight_bytes * (share if stage == 3 else sizes.student),
+    weights = layout.weight_bytes * (share if stage == 3 else sizes.student)
+    optimizer = {
         # Stages 1 to 3 keep a float32 copy of their share in float32 training, too.
         MASTER: FP32 * sharded if stage > 0 or layout.bf16 else 0,
         MOMENTS: 2 * FP32 * sharded,
         EMA: FP32 * sharded if layout.ema else 0,
-        TEACHER: layout.weight_bytes
-        * (_share(sizes.teacher, layout.world) if layout.teacher == "shard" else sizes.teacher),
     }
+    device = Counter({TEACHER: _teacher_bytes(layout, sizes)})
+    host: Counter[str] = Counter()
+    (host if layout.offloads_parameters else device)[WEIGHTS] = weights
+    (host if layout.offloads_optimizer else device).update(optimizer)
     if stage == 3:
-        parts[ACCUMULATED] = _accumulator_bytes(layout) * share
-        parts[BUCKETS] = _bucket_bytes(layout, FP32 if layout.communicates_fp32 else 2)
-        replicas = int(layout.zero.get("zero_hpz_partition_size", 1))
-        if replicas > 1:
-            parts["hpZ copy"] = layout.weight_bytes * _share(sizes.student, replicas)
-        if layout.world > 1:
-            whole = sizes.below(_threshold(layout))
-            parts[GATHERED] = layout.weight_bytes * whole
-    elif stage == 1 and layout.bf16 and layout.accumulates_fp32 and not layout.offloads_optimizer:
-        parts[ACCUMULATED] = FP32 * sizes.student
-    return parts
+        if layout.offloads_optimizer:  # beside the accumulated ones, those that the optimizer is given
+            host[ACCUMULATED] = (_accumulator_bytes(layout) + FP32) * share
+        else:
+            device[ACCUMULATED] = _accumulator_bytes(layout) * share
+        device[BUCKETS] = _bucket_bytes(layout, FP32 if layout.communicates_fp32 else 2)
+        if layout.gathers(kind):
+            device[GATHERED] = layout.weight_bytes * sizes.below(_threshold(layout))
+    elif layout.offloads_optimizer:
+        passes = FP32 + (layout.weight_bytes if layout.accumulation > 1 else 0)
+        host[ACCUMULATED] = passes * share
+        host[HOST_WEIGHTS] = layout.weight_bytes * share
+        host[OFFLOAD_BUFFERS] = device[OFFLOAD_BUFFERS] = layout.weight_bytes * sizes.largest
+    elif layout.accumulates_apart:
+        device[ACCUMULATED] = FP32 * sizes.student
+    return device, host
 
 
-def _pass_parts(layout: Layout, sizes: Sizes) -> dict[str, int]:
-    """What is there in addition while networks run."""
+def _second_copy(layout: Layout, sizes: Sizes, device: Device) -> int:
+    """Of hpZ: each weight's share within the group, made when the weight is first let go of, and kept until
+    the step."""
+    replicas = int(layout.zero.get("zero_hpz_partition_size", 1))
+    if layout.zero_stage != 3 or layout.world == 1 or replicas == 1:
+        return 0
+    let_go = layout.weight_bytes * (sizes.student - sizes.below(_threshold(layout)))
+    if layout.accumulation == 1:
+        let_go -= _gather_window(layout, sizes, device)
+    return _share(let_go, replicas)
+
+
+def _teacher_bytes(layout: Layout, sizes: Sizes) -> int:
+    if layout.teacher != "shard" or layout.world == 1:
+        return layout.weight_bytes * sizes.teacher
+    shared = _share(sizes.teacher - sizes.teacher_small, layout.world)
+    return layout.weight_bytes * (shared + sizes.teacher_small)
+
+
+def _kept_gradients(layout: Layout, sizes: Sizes) -> dict[str, int]:
+    """What stage 2 has accumulated of its share in earlier passes."""
+    if layout.zero_stage != 2 or layout.accumulation == 1 or layout.offloads_optimizer:
+        return {}
+    return {ACCUMULATED: _accumulator_bytes(layout) * _share(sizes.student, layout.world)}
+
+
+def _reduction_parts(layout: Layout, sizes: Sizes) -> dict[str, int]:
+    """What stages 1 and 2 hold in a backward pass alone: buckets, and stage 2 its share of the gradients of
+    this pass, at most, from the first one that comes."""
     stage = layout.zero_stage
-    parts = {"teacher's gather": _teacher_window(layout, sizes)}
-    if stage == 2 or (stage == 1 and not (layout.bf16 and layout.accumulates_fp32)):
-        both = 2 if layout.zero.get("overlap_comm", False) else 1
-        parts[BUCKETS] = both * _bucket_bytes(layout, layout.weight_bytes)
-    if stage == 2 and layout.accumulation > 1:
-        parts[ACCUMULATED] = _accumulator_bytes(layout) * _share(sizes.student, layout.world)
+    if stage not in (1, 2) or layout.accumulates_apart:
+        return {}
+    both = 2 if layout.zero.get("overlap_comm", False) else 1
+    parts = {BUCKETS: both * _bucket_bytes(layout, layout.weight_bytes)}
+    if stage == 2 and not layout.offloads_optimizer:
+        parts[ACCUMULATED] = layout.weight_bytes * _share(sizes.student, layout.world)
     return parts
 
 
 def sharding(layout: Layout, sizes: Sizes, device: Device) -> Sharding | None:
     """ZeRO-3's traffic for a trace, where all weights stay gathered from the way forward to the way back;
     None for other stages and for larger models, whose window ``memory`` adds."""
-    if layout.zero_stage != 3 or layout.world == 1:
+    if not layout.gathers(device):
         return None
     whole = layout.weight_bytes * (sizes.student - sizes.below(_threshold(layout)))
-    if _gather_window(layout, sizes) < whole:
+    if _gather_window(layout, sizes, device) < whole:
         return None
     return Sharding(_bucket_numel(layout), _reduction_bytes(layout, device), _threshold(layout))
 
 
 def _traffic_parts(layout: Layout, sizes: Sizes, device: Device) -> dict[str, int]:
     """Gathered weights and reductions of ZeRO-3, at most, where the trace does not hold them."""
-    if layout.zero_stage != 3 or layout.world == 1:
+    if not layout.gathers(device):
         return {}
     reduced = min(_bucket_numel(layout), sizes.student)
     return {
-        GATHERED: _gather_window(layout, sizes),
+        GATHERED: _gather_window(layout, sizes, device),
         REDUCTION: _reduction_bytes(layout, device) * reduced,
     }
 
 
 def _reduction_bytes(layout: Layout, device: Device) -> int:
     """Per element: the bucket's partitions in order, and on a CPU the copy that gloo makes of them."""
+    if layout.world == 1:
+        return 0
     return (FP32 if layout.communicates_fp32 else 2) * (2 if device == "cpu" else 1)
 
 
@@ -291,6 +233,9 @@ def _step_parts(layout: Layout, sizes: Sizes, device: Device) -> dict[str, int]:
     stage, share = layout.zero_stage, _share(sizes.student, layout.world)
     parts: dict[str, int] = {}
     updated = share
+    if layout.offloads_optimizer:
+        # On the host, which on a CPU is the device.
+        return {STEP_COPIES: 2 * FP32 * share} if device == "cpu" else {}
     if stage == 0:
         parts[ACCUMULATED] = layout.weight_bytes * sizes.student
         # In float32 they are flattened to be averaged, and that copy is gone when the optimizer runs.
@@ -299,7 +244,7 @@ def _step_parts(layout: Layout, sizes: Sizes, device: Device) -> dict[str, int]:
     elif stage == 3:
         updated = min(share, max(int(layout.zero.get("sub_group_size", 1e9)), sizes.largest))
         parts[STEP_COPIES] = FP32 * updated
-    elif stage == 1 and layout.bf16 and layout.accumulates_fp32:
+    elif layout.accumulates_apart:
         parts["gradients of the pass"] = 0 if layout.immediate else layout.weight_bytes * sizes.student
     else:
         parts[ACCUMULATED] = _accumulator_bytes(layout) * share
@@ -307,15 +252,13 @@ def _step_parts(layout: Layout, sizes: Sizes, device: Device) -> dict[str, int]:
     if device == "cpu":
         # The unfused AdamW writes out the denominator, and what it is made from.
         parts[STEP_COPIES] = parts.get(STEP_COPIES, 0) + 2 * FP32 * updated
-    if layout.offloads_optimizer:
-        parts[STEP_COPIES] = 0
     return parts
 
 
-def _traced_parts(trace: Trace) -> dict[str, int]:
-    """The composition of the trace's peak, under names that say what each part is."""
+def _traced_parts(traced: Mapping[str, int]) -> dict[str, int]:
+    """The composition of a trace's peak, under names that say what each part is."""
     parts: Counter[str] = Counter()
-    for label, size in trace.at_peak.items():
+    for label, size in traced.items():
         parts[_name(label)] += size
     return dict(parts)
 
@@ -342,13 +285,13 @@ def _threshold(layout: Layout) -> int:
     return int(layout.zero.get("stage3_param_persistence_threshold", 1e5))
 
 
-def _gather_window(layout: Layout, sizes: Sizes) -> int:
+def _gather_window(layout: Layout, sizes: Sizes, device: Device) -> int:
     """Weights that ZeRO-3 has gathered at once, those that always stay whole left out.
 
     A weight is kept after use when it is needed again within ``stage3_max_reuse_distance`` elements; on the
     way forward that is the last half of this distance. In front, a prefetch bucket is on its way.
     """
-    if layout.world == 1:
+    if not layout.gathers(device):
         return 0
     gathered = sizes.student - sizes.below(_threshold(layout))
     prefetch = int(layout.zero.get("stage3_prefetch_bucket_size", 5e7))
@@ -358,7 +301,6 @@ def _gather_window(layout: Layout, sizes: Sizes) -> int:
 
 
 def _teacher_window(layout: Layout, sizes: Sizes) -> int:
-    """Of a sharded teacher, the weights that are gathered while it runs."""
-    if layout.teacher == "replicate" or layout.world == 1:
-        return 0
-    return layout.weight_bytes * min(sizes.teacher, sizes.largest + TEACHER_PREFETCH)
+    """Of a teacher in shares, the weights that are gathered at once while it runs."""
+    gathered = sizes.teacher - sizes.teacher_small
+    return layout.weight_bytes * min(gathered, sizes.teacher_largest + TEACHER_PREFETCH)

@@ -23,8 +23,10 @@ import psutil
 import torch
 
 from fd_scale.errors import RunError
-from fd_scale.plan.memory import GIB, Layout, Sizes, memory, with_gradients
-from fd_scale.plan.trace import Device, Networks, Trace
+from fd_scale.plan.course import Trace
+from fd_scale.plan.layout import Layout, Sizes
+from fd_scale.plan.memory import GIB, memory, with_gradients
+from fd_scale.plan.trace import Device, Networks
 from fd_scale.run.folder import RunFolder, as_json, write_atomically
 from fd_scale.run.recipe import Recipe
 from fd_scale.run.scale import Placement, Resolved
@@ -141,10 +143,8 @@ def _counted(
 ) -> Decision:
     networks = Networks.build(recipe, bf16=resolved.bf16, device=device)
     sizes = Sizes.of(networks)
-    trace = networks.trace(
-        layout.micro_batch,
-        recompute=layout.recompute,
-        keeps_gradients=False,
-        granularity=resolved.granularity,
+    course = networks.course(
+        recompute=layout.recompute, keeps_gradients=False, granularity=resolved.granularity
     )
+    trace = course.at(layout.micro_batch)
     return decide(layout, sizes, with_gradients(trace, layout, sizes), memory_gib, device)

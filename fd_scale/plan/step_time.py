@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 
 from fd_scale.plan.cluster import Cluster
-from fd_scale.plan.memory import FP32, TEACHER_PREFETCH, Layout, Sizes
-from fd_scale.plan.trace import Trace
+from fd_scale.plan.course import Trace
+from fd_scale.plan.layout import FP32, Layout, Sizes
+from fd_scale.plan.memory import TEACHER_PREFETCH
 
 
 @dataclass(frozen=True)

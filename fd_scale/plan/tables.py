@@ -101,11 +101,12 @@ def _summary(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     shares = f"{layout.world} processes x {layout.micro_batch} images x {layout.accumulation} accumulated"
     yield "global batch", f"{counted.recipe.global_batch:,} = {shares}"
-    growth = counted.shapes.growth[layout.recompute]
+    if plan.asked.memory.host_bytes:
+        yield "host memory", f"{plan.asked.memory.host_bytes / GIB:.1f} GiB per process, of what is offloaded"
+    one_more = counted.shapes.courses[layout.recompute].bytes_per_image(layout.micro_batch)
     yield (
         "micro-batch",
-        f"at most {plan.largest_micro_batch} images fit; each takes "
-        f"{growth.bytes_per_image / 2**20:,.0f} MiB",
+        f"at most {plan.largest_micro_batch} images fit; each takes {one_more / 2**20:,.0f} MiB",
     )
     flops = counted.useful_flops_per_image
     done = sum(counted.flops_per_image.values())

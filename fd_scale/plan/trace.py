@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from fd_scale.objective import Objective, kernels
 from fd_scale.objective.losses import cosine_distance
-from fd_scale.plan.ledger import Ledger, Work
+from fd_scale.plan.course import MANY, Course, Trace
+from fd_scale.plan.ledger import Ledger
 from fd_scale.plan.networks import without_storage
 from fd_scale.run.recipe import Recipe
 from fd_scale.student import Student
@@ -51,34 +52,6 @@ class Sharding:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """One micro-step of ``micro_batch`` images."""
-
-    micro_batch: int
-    kept_bytes: dict[str, int]
-    """Held when the forward pass ends, by the part that made it: what the backward pass needs."""
-    peak_bytes: int
-    peak_phase: str
-    at_peak: dict[str, int]
-    """The composition of the peak, by label; sums to ``peak_bytes``."""
-    held_after_bytes: int
-    """Held when the micro-step ends (gradients, where the engine leaves them)."""
-    work: dict[Work, int]
-    """Operations by cost, with how often each occurs."""
-    sharded: bool = False
-    """Whether gathered weights and reductions are part of it."""
-
-    def flops(self, *phases: str) -> int:
-        """Floating-point operations of these phases, of all by default; a multiply-add is two."""
-        return sum(w.flops * n for w, n in self.work.items() if not phases or w.phase in phases)
-
-    @property
-    def num_kernels(self) -> int:
-        """Operations that run on the device."""
-        return sum(self.work.values())
-
-
-@dataclass(frozen=True)
 class Networks:
     """A recipe's networks without storage, ready to be traced."""
 
@@ -102,17 +75,21 @@ class Networks:
                     module.to_empty(device="cpu")
         return cls(recipe, teacher, student, device, fake)
 
-    def trace(
+    def trace(self, micro_batch: int, **how: Any) -> Trace:
+        """One micro-step of so many images; ``how`` as of ``course``."""
+        return self.course(images=micro_batch, **how).at(micro_batch)
+
+    def course(
         self,
-        micro_batch: int,
         *,
+        images: int = MANY,
         recompute: bool,
         keeps_gradients: bool,
         accumulates: bool = False,
         sharding: Sharding | None = None,
         granularity: Mapping[str, Any] | None = None,
-    ) -> Trace:
-        """One micro-step.
+    ) -> Course:
+        """One micro-step, from which that of any number of images follows; exactly that of ``images``.
 
         ``recompute``: activation checkpointing; ``granularity``: of which blocks, the arguments of a model's
         ``set_grad_checkpointing``, all when None. ``keeps_gradients``: the engine leaves them in ``.grad``
@@ -120,7 +97,7 @@ class Networks:
         gradients are there. ``sharding``: with the traffic of ZeRO-3.
         """
         self.student.set_grad_checkpointing(recompute, **(granularity or {}))
-        ledger = Ledger()
+        ledger = Ledger(images)
         ledger.know([*self.student.parameters(), *self.student.buffers()])
         network = self.teacher.network
         ledger.know([*network.parameters(), *network.buffers()])
@@ -134,34 +111,34 @@ class Networks:
             stack.enter_context(
                 _gradients(ledger, self.student, keeps=keeps_gradients, there=accumulates, sharding=sharding)
             )
-            return replace(self._run(ledger, micro_batch), sharded=sharding is not None)
+            taught, forwarded = self._run(ledger)
+            return Course.of(ledger, taught=taught, forwarded=forwarded, sharded=sharding is not None)
 
-    def _run(self, ledger: Ledger, micro_batch: int) -> Trace:
+    def _run(self, ledger: Ledger) -> tuple[int, int]:
+        """How much has happened when the teacher, and when the forward pass is done."""
         device = "meta" if self.fake is None else "cpu"
         sizes = {self.student.input_size, self.teacher.input_size}
         with ledger.during(IMAGES):
             pixels = {
-                side: torch.empty(micro_batch, 3, side, side, dtype=torch.uint8, device=device)
+                side: torch.empty(ledger.images, 3, side, side, dtype=torch.uint8, device=device)
                 for side in sizes
             }
-            valid = torch.empty(micro_batch, dtype=torch.bool, device=device)
+            valid = torch.empty(ledger.images, dtype=torch.bool, device=device)
         with ledger.during(TEACHER):
             taught = targets([Guest(self.teacher, self.recipe.objective)], pixels)
-            for tokens in taught:
-                ledger.relabel(tokens, MAPS)
+            for number in range(len(taught)):  # a name of its own would keep the last one alive
+                ledger.relabel(taught[number], MAPS)
+        after_teacher = len(ledger.history)
         with ledger.during(FORWARD):
             predicted = self.student(pixels[self.student.input_size])
-            kept = ledger.holding()
+        after_forward = len(ledger.history)
         with ledger.during(LOSS):
             loss = self._loss(predicted, taught, valid)
             del predicted, taught
         with ledger.during(BACKWARD):
             ledger.label = WORKSPACE
             run_backward(loss)
-        phase, at_peak = ledger.at_peak
-        return Trace(
-            micro_batch, kept, ledger.peak_bytes, phase, at_peak, ledger.live_bytes, dict(ledger.work)
-        )
+        return after_teacher, after_forward
 
     def _loss(self, predicted: tuple[Tensor, ...], taught: Sequence[Tensor], valid: Tensor) -> Tensor:
         objective = self.recipe.objective

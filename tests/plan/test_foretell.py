@@ -16,10 +16,10 @@ from fd_scale.plan import advice, foretell, gpus, tables
 from fd_scale.plan.cluster import of_size
 from fd_scale.plan.cost import Prices
 from fd_scale.plan.ledger import Work
-from fd_scale.plan.memory import Layout, Sizes
+from fd_scale.plan.course import Trace
+from fd_scale.plan.layout import Layout, Sizes
 from fd_scale.plan.picture import draw_memory
 from fd_scale.plan.step_time import Assumptions, communication_s, step_time
-from fd_scale.plan.trace import Trace
 from fd_scale.run import recipes, scale
 from fd_scale.run.recipe import derive
 
@@ -52,7 +52,7 @@ def layout(stage: int, world: int, **zero: Any) -> Layout:
 
 def test_an_operation_takes_the_longer_of_arithmetic_and_traffic() -> None:
     work = {Work("forward", 989_500_000_000, 0): 3, Work("forward", 1, 4_800_000_000): 5}
-    trace = Trace(4, {}, 0, "", {}, 0, work)
+    trace = Trace(4, {}, 0, "", {}, {}, 0, work)
     found = step_time(layout(0, 1), SIZES, trace, of_size(1, H200), PERFECT)
     # 1 ms each; twice the traced micro-batch, accumulated twice.
     assert found.compute_s == pytest.approx(3e-3 * 2 * 2)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from fd_scale.plan.course import Course, Trace
 from fd_scale.plan.ledger import Ledger
+
+
+def whole(ledger: Ledger) -> Trace:
+    return Course.of(ledger, taught=1, forwarded=1, sharded=False).at(1)
 
 
 def test_storages_count_once_and_while_they_live() -> None:
@@ -22,8 +29,10 @@ def test_storages_count_once_and_while_they_live() -> None:
         assert ledger.live_bytes == 4000
         c.mul_(2)
         assert ledger.live_bytes == ledger.holding()["pass"] == 4000
+    found = whole(ledger)
     assert ledger.peak_bytes == 8000
-    assert ledger.at_peak == ("pass", {"pass": 8000})
+    assert (found.peak_bytes, found.peak_phase, found.at_peak) == (8000, "pass", {"pass": 8000})
+    assert found.held_after_bytes == ledger.live_bytes == 4000
 
 
 def test_what_is_known_is_not_counted() -> None:
@@ -67,3 +76,21 @@ def test_labels_follow_modules_and_relabelling() -> None:
     assert ledger.holding() == {"forward": 64, "kept": 32}
     for handle in handles:
         handle.remove()
+
+
+def test_results_are_remembered_and_remain_the_same() -> None:
+    """What is made new is made again; a view, a write and a result of another form are not taken for it."""
+
+    def program(width: int) -> list[tuple[Any, ...]]:
+        ledger = Ledger()
+        with ledger, ledger.during("pass"):
+            x = torch.empty(6, width, device="meta").t()
+            values = [x * 2, x * 2.0, x.mul_(2), x.contiguous(), x.reshape(-1), x.sum(0, keepdim=True), x + x]
+            values += [*torch.nn.functional.layer_norm(x, (6,)).chunk(2), x.topk(3).indices, x @ x.t()]
+        shapes = [(v.shape, v.stride(), v.dtype, v.untyped_storage().nbytes()) for v in values]
+        return [*shapes, ledger.live_bytes, ledger.work, values[2] is x]
+
+    first = program(5)
+    assert program(5) == first
+    assert program(7) != first
+    assert first[-1] is True

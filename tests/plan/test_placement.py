@@ -12,9 +12,10 @@ import pytest
 
 from fd_scale.errors import RunError
 from fd_scale.plan import placement
-from fd_scale.plan.memory import GIB, Layout, Sizes, memory
+from fd_scale.plan.course import Trace
+from fd_scale.plan.layout import Layout, Sizes
+from fd_scale.plan.memory import GIB, memory
 from fd_scale.plan.placement import decide
-from fd_scale.plan.trace import Trace
 from fd_scale.run import recipes, scale
 from fd_scale.run.folder import RunFolder
 from fd_scale.run.recipe import Recipe, derive
@@ -22,7 +23,7 @@ from fd_scale.run.world import World
 from tests.spawn import spawn
 
 SIZES = Sizes(student=10**9, teacher=3 * 10**9, largest=10**7, small={10**7: 10**9})
-TRACE = Trace(4, {}, 10**9, "backward", {"loss": 10**9}, 0, {})
+TRACE = Trace(4, {}, 10**9, "backward", {"loss": 10**9}, {"teacher": 10**8}, 0, {})
 LAYOUT = Layout(
     world=8,
     zero_stage=3,

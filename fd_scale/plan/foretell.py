@@ -19,7 +19,7 @@ from fd_scale.plan.memory import FRAGMENTATION, GIB, OUTSIDE_GIB
 from fd_scale.plan.step_time import Assumptions
 from fd_scale.plan.trace import BACKWARD, FORWARD, LOSS, TEACHER, Networks
 from fd_scale.run import scale
-from fd_scale.run.recipe import Recipe
+from fd_scale.run.recipe import Recipe, streams_of
 from fd_scale.run.scale import Scale
 
 COMPARED = (1, 8, 64, 512, 4096)
@@ -118,10 +118,16 @@ class Column:
     """Why the recipe does not run there; empty where it does."""
     by_stage: Mapping[int, Choice]
     """The fastest choice that fits, by ZeRO stage."""
+    num_steps: int
+    """Of the whole run."""
 
     @property
     def best(self) -> Choice | None:
         return advice.best(list(self.by_stage.values()))
+
+    def hours(self, choice: Choice) -> float:
+        """Of the whole run."""
+        return self.num_steps * choice.time.total_s / 3600
 
 
 def compare(counted: Survey, clusters: list[Cluster], assumed: Assumptions | None = None) -> list[Column]:
@@ -138,7 +144,8 @@ def compare(counted: Survey, clusters: list[Cluster], assumed: Assumptions | Non
             )
             if found:
                 by_stage[stage] = min(found, key=lambda choice: choice.time.total_s)
-        columns.append(Column(cluster, _obstacle(counted, cluster, by_stage), by_stage))
+        obstacle = _obstacle(counted, cluster, by_stage)
+        columns.append(Column(cluster, obstacle, by_stage, counted.recipe.steps))
     return columns
 
 
@@ -146,8 +153,11 @@ def _obstacle(counted: Survey, cluster: Cluster, by_stage: Mapping[int, Choice])
     if by_stage:
         return ""
     if not advice.micro_batches(counted.scale, counted.recipe, cluster.num_gpus):
-        return f"global batch {counted.recipe.global_batch:,} cannot be shared"
-    return f"no micro-batch fits in {cluster.gpu.memory_gib:g} GiB"
+        batch = counted.recipe.global_batch
+        most = streams_of(batch)
+        words = f"at most {most:,}" if cluster.num_gpus > most else "a divisor of it"
+        return f"a global batch of {batch:,} cannot be dealt out to so many processes, but to {words}"
+    return f"not one image per process fits in {cluster.gpu.memory_gib:g} GiB, whatever the ZeRO stage"
 
 
 def where_zero_3_stops(columns: list[Column]) -> str:
@@ -229,8 +239,10 @@ def comparison_dict(columns: list[Column]) -> dict[str, Any]:
                         "micro_batch": choice.layout.micro_batch,
                         "accumulation": choice.layout.accumulation,
                         "recompute": choice.layout.recompute,
+                        "teacher": choice.layout.teacher,
                         "needed_gib": choice.memory.needed_bytes / GIB,
                         "images_per_s": choice.images_per_step / choice.time.total_s,
+                        "hours": column.hours(choice),
                         "communication_s": choice.time.communication_s,
                         "exposed_s": choice.time.exposed_s,
                     }

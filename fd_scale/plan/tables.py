@@ -53,31 +53,33 @@ def memory_table(plan: Plan) -> Table:
 
 def comparison(columns: list[Column]) -> RenderableType:
     """Numbers of GPUs side by side."""
-    table = _table("the fastest choice of each ZeRO stage")
-    table.add_column("GPUs", justify="right")
-    for heading in ("ZeRO", "micro-batch", "accum.", "recompute", "GiB", "images/s", "exposed comm., s/step"):
-        table.add_column(heading, justify="right")
+    gpu = columns[0].cluster.gpu
+    table = _table(f"the fastest choice of each ZeRO stage, {gpu.name} of {gpu.memory_gib:g} GiB")
+    headings = ("GPUs", "ZeRO", "batch", "recomp.", "teacher", "GiB", "images/s", "hours", "comm., s")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    notes = ["* chosen. batch: images per pass x passes; comm.: per step, what nothing hides / all"]
     for column in columns:
         name = f"{column.cluster.num_gpus:,}"
         if column.obstacle:
-            table.add_row(name, column.obstacle)
+            table.add_row(name, "-")
+            notes.append(f"{name} GPUs: {column.obstacle}.")
         for stage, choice in column.by_stage.items():
             layout, time = choice.layout, choice.time
             table.add_row(
                 name,
-                f"{stage}{'*' if choice is column.best else ''}",
-                str(layout.micro_batch),
-                str(layout.accumulation),
+                f"{stage}{'*' if choice is column.best else ' '}",
+                f"{layout.micro_batch} x {layout.accumulation}",
                 "yes" if layout.recompute else "no",
+                "shares" if layout.teacher == "shard" else "whole",
                 f"{choice.memory.needed_bytes / GIB:.1f}",
                 f"{choice.images_per_step / time.total_s:,.0f}",
-                f"{time.exposed_s:.3f} of {time.communication_s:.3f}",
+                f"{column.hours(choice):,.1f}",
+                f"{time.exposed_s:.2f} / {time.communication_s:.2f}",
             )
             name = ""
         table.add_section()
-    table.caption = f"* chosen. {where_zero_3_stops(columns)}"
-    table.caption_justify = "left"
-    return table
+    return Group(table, *notes, where_zero_3_stops(columns))
 
 
 def _machines(plan: Plan) -> str:

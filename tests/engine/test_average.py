@@ -21,7 +21,13 @@ from tests.engine.problem import Network, Setting
 from tests.spawn import spawn
 
 DECAY = 0.7
-SETTINGS = [Setting(0), Setting(1, bf16=True), Setting(3)]
+SETTINGS = [
+    Setting(0),
+    Setting(1, bf16=True),
+    Setting(2, option="optimizer on the host"),
+    Setting(3),
+    Setting(3, option="all on the host"),
+]
 
 
 def make(world: World, setting: Setting, folder: str, **options: Any) -> tuple[Engine, scale.Resolved]:

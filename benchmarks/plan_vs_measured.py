@@ -1,6 +1,6 @@
 """Does a run take the memory and the time that its plan foretold?
 
-    python -m benchmarks.plan_vs_measured [--cpu] [--case vitb --case swinv2g ...] [--steps 6]
+    python -m benchmarks.plan_vs_measured [--cpu] [--case vitb --case swinv2g ...] [--steps 6] [--plan-again]
 
 Each case is random weights, synthetic pixels, and the engine, teacher and loss of a real run. On a GPU a case
 is one process; the peak is that of PyTorch's allocator (``torch.cuda.max_memory_allocated``), and SwinV2-G
@@ -10,7 +10,7 @@ two-level shards, averages and granular recomputation. There the peak is that of
 which the profiler records: unlike the plan's count it also sees what operations take inside, and DeepSpeed.
 
 Writes results/plan_vs_measured-DEVICE.json, anew after every case. A case that fails says why, and leaves the
-others alone.
+others alone. ``--plan-again`` measures nothing: it sets the peaks on file beside what is planned now.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import record
 from benchmarks.plan_cases import CPU_CASES, GPU_CASES, Case
 from fd_scale.distill import load_teachers, seeded_student
 from fd_scale.engine.zero import Engine
@@ -211,17 +212,7 @@ def summary(case: Case, plan: Memory, ranks: list[dict[str, Any]], world: World)
     counts, and of the processes the fullest.
     """
     device = world.device.type
-    expected = planned_bytes(plan, device)
-    peak = max(min(rank["peak_bytes"]) for rank in ranks)
-    result: dict[str, Any] = {
-        "case": asdict(case),
-        "device": device,
-        "planned_gib": {name: round(size / 2**30, 4) for name, size in plan.fullest.parts.items() if size},
-        "planned_host_gib": round(plan.host_bytes / 2**30, 4),
-        "planned_peak_gib": round(expected / 2**30, 4),
-        "measured_peak_gib": round(peak / 2**30, 4),
-        "measured_over_planned": round(peak / expected, 4),
-    }
+    result = compared(case, plan, max(min(rank["peak_bytes"]) for rank in ranks), device)
     if device == "cpu":  # the profiler takes most of the time
         return result
     seconds = ranks[0]["seconds"][1:]
@@ -232,6 +223,34 @@ def summary(case: Case, plan: Memory, ranks: list[dict[str, Any]], world: World)
     }
 
 
+def compared(case: Case, plan: Memory, peak_bytes: float, device: str) -> dict[str, Any]:
+    """A planned peak beside a measured one."""
+    expected = planned_bytes(plan, device)
+    return {
+        "case": asdict(case),
+        "device": device,
+        "planned_gib": {name: round(size / 2**30, 4) for name, size in plan.fullest.parts.items() if size},
+        "planned_host_gib": round(plan.host_bytes / 2**30, 4),
+        "planned_peak_gib": round(expected / 2**30, 4),
+        "measured_peak_gib": round(peak_bytes / 2**30, 4),
+        "measured_over_planned": round(peak_bytes / expected, 4),
+    }
+
+
+def plan_again(cases: Sequence[Case], device: str) -> dict[str, Any]:
+    """The measurements on file, each beside what is planned now; no case runs."""
+    on_file = json.loads((record.RESULTS / f"plan_vs_measured-{device}.json").read_text())["cases"]
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="fd-plan-") as folder:
+        for case in cases:
+            figures = on_file.get(case.name, {"failed": "was not measured"})
+            if "failed" not in figures:
+                plan = planned(case, Path(folder), world=case.world, device=device)
+                figures |= compared(case, plan, figures["measured_peak_gib"] * 2**30, device)
+            found[case.name] = figures
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -240,6 +259,9 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=[case.name for case in GPU_CASES + CPU_CASES])
     parser.add_argument("--steps", type=int, help="steps per case, the first one not measured (6; CPU: 3)")
     parser.add_argument("--limit", type=float, default=150, help="seconds after which a case is given up")
+    parser.add_argument(
+        "--plan-again", action="store_true", help="run nothing: compare the measurements on file anew"
+    )
     asked = parser.parse_args()
     on_cpu = asked.cpu or not torch.cuda.is_available()
     if on_cpu:
@@ -247,6 +269,10 @@ def main() -> None:
     cases = [c for c in (CPU_CASES if on_cpu else GPU_CASES) if asked.case is None or c.name in asked.case]
     if not cases:
         parser.error(f"--case {' '.join(asked.case)}: not among those for {'a CPU' if on_cpu else 'a GPU'}")
+    if asked.plan_again:
+        device = "cpu" if on_cpu else "cuda"
+        print(_write(plan_again(cases, device), device))
+        return
     steps = asked.steps or (3 if on_cpu else 6)
     # Imports are most of a small case: on a CPU, whose peaks are counted from a case's own start, those of as
     # many processes share them.
@@ -261,8 +287,6 @@ def main() -> None:
 
 
 def _write(found: dict[str, Any], device: str) -> Path:
-    from benchmarks import record
-
     results: dict[str, Any] = {"cases": found}
     if all("images_per_s" in found.get(name, {}) for name in ("swinv2g", "swinv2g_zero3")):
         rates = (found[name]["images_per_s"] for name in ("swinv2g", "swinv2g_zero3"))

@@ -169,7 +169,7 @@ for _device in ("cuda", "cpu"):
             ("case", "student's map", "tokens", "MiB", "memory / whole", "time / whole"),
             chunked_table,
         ),
-        f"loss-{_device}": (("case", "how", "us", "of a copy", "MiB", "ours is x as fast"), loss_table),
+        f"loss-{_device}": (("case", "how", "us", "of a copy", "MiB", "fused is x as fast"), loss_table),
         f"parts-{_device}": (PARTS, parts_table),
         f"alternatives-{_device}": (("part", "how", "time", "error of the targets"), alternatives_table),
         f"attention-{_device}": (

@@ -60,8 +60,8 @@ def pieces() -> Figure | None:
     axes.set_xlabel("memory beyond inputs and weights, whole maps = 1 (points: tokens of a piece)")
     axes.set_ylabel("time, whole maps = 1")
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.set_ylim(0, 1.15 * max(row["time_over_whole"] for row in rows))
+    axes.legend(frameon=False, loc="lower left")
     return figure
 
 

@@ -1,28 +1,30 @@
 """How fast do images reach a training process? Our loader, ImageFolder and webdataset with PIL, in CPU time.
 
-    python -m benchmarks.data PHOTOS.tar      writes results/data.json; needs no GPU, about ten minutes
+    python -m benchmarks.data PHOTOS.tar      writes results/data.json; needs no GPU, under five minutes
     python -m benchmarks.data --table         prints the table of docs/data.md from it
 
-The photographs of the tar are resized (Lanczos, fitted into the shape, upright ones turned) to 500 x 375 and
-to 1500 x 1125 pixels and written as JPEG of quality 90; the larger ones are thus soft, as they are enlarged.
-Each is used several times, so that starting workers weighs little.
+The photographs of the tar are taken as they are, and written anew as JPEG of quality 90 at 500 x 375 and
+1500 x 1125 pixels (Lanczos, upright ones turned), the larger ones soft, as they are enlarged.
 
 End to end, two workers make batches of 50 views of 224 pixels; every way draws crops of 8 to 100 % of the
-area and resamples bicubically, antialiased. A round runs in a process of its own, and its CPU seconds are
-those of that process and its workers; the ways take turns, and the best of the rounds counts, as other work
-on the machine only slows a round down. All files are in the page cache. Beside them stand one process
-without a loader (views alone), the limit (decoding nothing but each crop's region, resampling nothing), and
-plain reading: samples without decoding through webdataset's iterator and through ours.
+area and resamples bicubically, antialiased. Every time a way is run, it is in a process of its own, and its
+CPU seconds are those of that process and its workers. The ways take turns, round after round; a ratio is the
+median over the rounds of what two ways took in the same one, so that what slows the machine down for a while
+slows both. All files are in the page cache. Beside them stand one process without a loader (views alone), its
+limit (decoding each crop's region at full size, resampling nothing), and plain reading: samples without
+decoding through webdataset's iterator and through ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import json
 import math
 import resource
+import statistics
 import sys
 import tarfile
 import tempfile
@@ -43,13 +45,13 @@ from torchvision import datasets, transforms
 
 from benchmarks import record
 from fd_scale.data import jpeg, philox
-from fd_scale.data.decode import read
+from fd_scale.data.decode import Picture, read
 from fd_scale.data.index import ShardSet
 from fd_scale.data.jpeg import Decoder
 from fd_scale.data.loader import TrainLoader
 from fd_scale.data.pack import pack
 from fd_scale.data.plan import Plan
-from fd_scale.data.view import apply, draw
+from fd_scale.data.view import Box, apply, draw
 from fd_scale.run.sections import View
 
 SIZE, BATCH, WORKERS, QUALITY = 224, 50, 2, 90
@@ -59,25 +61,28 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Kind:
-    """A data set: its pictures' shape, and how many samples it has."""
+    """A data set: how many samples it has, and its pictures' shape; ``None`` leaves the files as they are."""
 
     name: str
-    width: int
-    height: int
     samples: int
+    shape: tuple[int, int] | None = None
+    """Width and height, pixels."""
 
 
-KINDS = (Kind("500x375", 500, 375, 800), Kind("1500x1125", 1500, 1125, 300))
-PASSES = 10
-"""Over the samples, where nothing but reading is measured."""
+KINDS = (
+    Kind("as they are", 400),
+    Kind("500x375", 400, (500, 375)),
+    Kind("1500x1125", 200, (1500, 1125)),
+)
+ALONE = 100
+"""Photographs of each kind of which one process makes views."""
+READ, PASSES = "500x375", 10
+"""Where nothing but reading is measured: of which kind, and how often over its samples."""
 BASELINE = "ImageFolder + PIL"
-GOALS = {
-    # kind, way: how many times the baseline it should reach
-    ("500x375", "ours, simplejpeg"): 1.9,
-    ("500x375", "ours, nvimgcodec"): 2.2,
-    ("1500x1125", "ours, simplejpeg"): 2.8,
-    ("1500x1125", "ours, nvimgcodec"): 3.9,
-}
+SMALL = {"ours, simplejpeg": 1.9, "ours, nvimgcodec": 2.2, "ours, turbojpeg": 2.2}
+LARGE = {"ours, simplejpeg": 2.8, "ours, nvimgcodec": 3.9, "ours, turbojpeg": 3.9}
+GOALS = {"as they are": SMALL, "500x375": SMALL, "1500x1125": LARGE}
+"""By kind and way: how many times the baseline it should reach."""
 READING_GOAL, LIMIT_GOAL = 5.0, 0.75
 
 
@@ -106,22 +111,24 @@ def measure(photographs: Sequence[bytes], scratch: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"protocol": protocol, "kinds": {}}
     for kind in KINDS:
         say(f"{kind.name}: {kind.samples} samples of {len(photographs)} photographs")
-        images = [_resized(photograph, kind) for photograph in photographs]
+        images = [_shaped(photograph, kind) for photograph in photographs]
         folder, shards = _data_set(images, kind, scratch / kind.name)
         end_to_end = _in_turns(_ways(folder, shards), kind.samples, say)
-        alone = _in_turns(_views(images), len(images), say)
+        alone = _in_turns(_alone(images[:ALONE]), len(images[:ALONE]), say)
         found["kinds"][kind.name] = {
             "samples": kind.samples,
             "mean_bytes": float(np.mean([len(image) for image in images])),
             "end_to_end": end_to_end,
-            "ratios": _ratios(end_to_end),
+            "ratios": {way: _ratio(end_to_end[BASELINE], end_to_end[way]) for way in end_to_end},
             "one_process": alone,
-            "share_of_limit": _share_of_limit(alone),
+            "shares_of_limit": {
+                decoder: _ratio(alone[f"regions, {decoder}"], alone[f"views, {decoder}"])
+                for decoder in _decoders()
+            },
         }
-        if kind is KINDS[0]:
+        if kind.name == READ:
             reading = _in_turns(_readers(shards), PASSES * kind.samples, say)
-            rates = {name: way["images_per_cpu_s"] for name, way in reading.items()}
-            found["reading"] = reading | {"ratio": rates["ours"] / rates["webdataset"]}
+            found["reading"] = reading | {"ratio": _ratio(reading["webdataset"], reading["ours"])}
     return found
 
 
@@ -133,21 +140,23 @@ def table(results: dict[str, Any]) -> str:
         "|---|" + "--:|" * len(kinds),
     ]
     for way in next(iter(kinds.values()))["end_to_end"]:
-        cells = [
-            f"{kind['end_to_end'][way]['images_per_cpu_s']:,.0f} ({kind['ratios'][way]:.2f}x)"
-            for kind in kinds.values()
-        ]
+        rates = [kind["end_to_end"][way]["images_per_cpu_s"] for kind in kinds.values()]
+        ratios = [kind["ratios"][way] for kind in kinds.values()]
+        cells = [f"{rate:,.0f} ({ratio:.2f}x)" for rate, ratio in zip(rates, ratios, strict=True)]
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    shares = [f"{kind['share_of_limit']:.0%}" for kind in kinds.values()]
-    lines.append("| views alone, share of what decoding the region takes | " + " | ".join(shares) + " |")
+    for decoder in next(iter(kinds.values()))["shares_of_limit"]:
+        cells = [f"{kind['shares_of_limit'][decoder]:.0%}" for kind in kinds.values()]
+        lines.append(
+            f"| decoding the regions, share of making views, {decoder} | " + " | ".join(cells) + " |"
+        )
     reading = results["reading"]
     rates = [f"{reading[name]['images_per_cpu_s']:,.0f}" for name in ("webdataset", "ours")]
     cpu, versions = results["facts"]["cpu"], results["facts"]["versions"]
     processor = cpu.get("model", "unknown") if isinstance(cpu, dict) else cpu
     lines += [
         "",
-        f"Samples read without decoding, per CPU-second: webdataset's iterator {rates[0]}, ours {rates[1]} "
-        f"({reading['ratio']:.1f}x).",
+        f"Samples of {READ} read without decoding, per CPU-second: webdataset's iterator {rates[0]}, ours "
+        f"{rates[1]} ({reading['ratio']:.1f}x).",
         "",
         f"Machine: {processor}; torch {versions['torch']}. Two workers, views of {SIZE} pixels; "
         "written by `python -m benchmarks.data`.",
@@ -157,14 +166,13 @@ def table(results: dict[str, Any]) -> str:
 
 def goals(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     """By name: what was reached, and what should be."""
-    found = {
-        f"{kind}, {way}": (results["kinds"][kind]["ratios"][way], goal)
-        for (kind, way), goal in GOALS.items()
-        if way in results["kinds"][kind]["ratios"]
-    }
-    found["reading"] = (results["reading"]["ratio"], READING_GOAL)
+    found = {"reading": (results["reading"]["ratio"], READING_GOAL)}
     for name, kind in results["kinds"].items():
-        found[f"{name}, share of the limit"] = (kind["share_of_limit"], LIMIT_GOAL)
+        for way, goal in GOALS[name].items():
+            if way in kind["ratios"]:
+                found[f"{name}, {way}"] = (kind["ratios"][way], goal)
+        for decoder, share in kind["shares_of_limit"].items():
+            found[f"{name}, share of the limit, {decoder}"] = (share, LIMIT_GOAL)
     return {name: {"reached": reached, "goal": goal} for name, (reached, goal) in found.items()}
 
 
@@ -182,8 +190,12 @@ def _ways(folder: Path, shards: Path) -> dict[str, Callable[[], int]]:
 
 
 def _decoders() -> list[Decoder]:
-    fast: list[Decoder] = ["nvimgcodec"] if jpeg.resolve("auto") == "nvimgcodec" else []
-    return ["simplejpeg", *fast]
+    """Those that are measured: what is always there, and what else is installed."""
+    found: list[Decoder] = ["simplejpeg"]
+    for decoder in ("nvimgcodec", "turbojpeg"):
+        with contextlib.suppress(ValueError):
+            found.append(jpeg.resolve(decoder))
+    return found
 
 
 def _pil_view() -> Callable[[Image.Image], torch.Tensor]:
@@ -198,15 +210,9 @@ def _pil_view() -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
-
-
 def _image_folder(folder: Path) -> int:
     data = datasets.ImageFolder(str(folder), _pil_view())
-    loader = torch.utils.data.DataLoader(
-        data, BATCH, shuffle=True, num_workers=WORKERS, worker_init_fn=_one_thread
-    )
+    loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=WORKERS)
     return sum(len(pixels) for pixels, _ in loader)
 
 
@@ -220,7 +226,7 @@ def _webdataset(shards: Path) -> int:
         .map_tuple(_pil_view())
         .batched(BATCH)
     )
-    loader = webdataset.WebLoader(data, batch_size=None, num_workers=WORKERS, worker_init_fn=_one_thread)
+    loader = webdataset.WebLoader(data, batch_size=None, num_workers=WORKERS)
     return sum(len(pixels) for (pixels,) in loader)
 
 
@@ -237,30 +243,30 @@ def _ours(shards: Path, decoder: Decoder) -> int:
 # One process, images in memory.
 
 
-def _views(images: Sequence[bytes]) -> dict[str, Callable[[], int]]:
-    """Views by the fastest decoder, and its limit: the region of the same crops, and nothing else."""
-    decoder = _decoders()[-1]
-    return {
-        f"views, {decoder}": functools.partial(_make_views, images, decoder),
-        f"limit: regions, {decoder}": functools.partial(_decode_regions, images, decoder),
-    }
+def _alone(images: Sequence[bytes]) -> dict[str, Callable[[], int]]:
+    """Views by each decoder, and its limit: the regions of the same crops, and nothing else."""
+    ways: dict[str, Callable[[], int]] = {}
+    for decoder in _decoders():
+        ways[f"views, {decoder}"] = functools.partial(_make_views, images, decoder)
+        ways[f"regions, {decoder}"] = functools.partial(_decode_regions, images, decoder)
+    return ways
 
 
-def _boxes(images: Sequence[bytes]) -> Iterator[tuple[Any, Any]]:
+def _boxes(images: Sequence[bytes], decoder: Decoder) -> Iterator[tuple[Picture, Box]]:
     for number, image in enumerate(images):
-        picture = read(image, decoder=_decoders()[-1])
+        picture = read(image, decoder=decoder)
         key = philox.as_array([philox.key("fd.bench", number)])[0]
         yield picture, draw(View(), key, picture.height, picture.width)
 
 
 def _make_views(images: Sequence[bytes], decoder: Decoder) -> int:
-    for picture, box in _boxes(images):
+    for picture, box in _boxes(images, decoder):
         apply(picture, box, [SIZE], "bicubic", shrink=True)
     return len(images)
 
 
 def _decode_regions(images: Sequence[bytes], decoder: Decoder) -> int:
-    for picture, box in _boxes(images):
+    for picture, box in _boxes(images, decoder):
         picture.region(*box[:4])
     return len(images)
 
@@ -298,21 +304,29 @@ def _read_by_plan(shards: Path) -> int:
 
 def _in_turns(
     ways: dict[str, Callable[[], int]], expected: int, say: Callable[[str], None]
-) -> dict[str, dict[str, float]]:
-    """The best of all rounds for each way, the ways taking turns."""
-    best: dict[str, dict[str, float]] = {}
+) -> dict[str, dict[str, Any]]:
+    """What each way took in every round, the ways taking turns; rates are those of the median round."""
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(ROUNDS):
         for name, way in ways.items():
             count, cpu_s, wall_s = _apart(way)
             if count != expected:
                 raise RuntimeError(f"{name} gave {count} samples of {expected}")
-            figures = {
-                "images_per_cpu_s": count / cpu_s, "images_per_s": count / wall_s, "cpu_s": cpu_s
-            }  # fmt: skip
-            if name not in best or cpu_s < best[name]["cpu_s"]:
-                best[name] = figures
+            rounds[name].append((cpu_s, wall_s))
             say(f"  round {number + 1}: {name}: {count / cpu_s:,.0f} images/CPU-s")
-    return best
+    return {
+        name: {
+            "images_per_cpu_s": expected / statistics.median(cpu_s for cpu_s, _ in taken),
+            "images_per_s": expected / statistics.median(wall_s for _, wall_s in taken),
+            "cpu_s": [cpu_s for cpu_s, _ in taken],
+        }
+        for name, taken in rounds.items()
+    }
+
+
+def _ratio(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many times as much CPU time one way takes as another: the median of what the rounds say."""
+    return statistics.median(a / b for a, b in zip(one["cpu_s"], other["cpu_s"], strict=True))
 
 
 def _apart(way: Callable[[], int]) -> tuple[int, float, float]:
@@ -344,16 +358,6 @@ def _cpu_s() -> float:
     return total
 
 
-def _ratios(ways: dict[str, dict[str, float]]) -> dict[str, float]:
-    baseline = ways[BASELINE]["images_per_cpu_s"]
-    return {name: way["images_per_cpu_s"] / baseline for name, way in ways.items()}
-
-
-def _share_of_limit(alone: dict[str, dict[str, float]]) -> float:
-    views, limit = (way["images_per_cpu_s"] for way in alone.values())
-    return views / limit
-
-
 # The data.
 
 
@@ -367,12 +371,14 @@ def _photographs(path: Path) -> list[bytes]:
     return found
 
 
-def _resized(photograph: bytes, kind: Kind) -> bytes:
+def _shaped(photograph: bytes, kind: Kind) -> bytes:
+    if kind.shape is None:
+        return photograph
     image = Image.open(io.BytesIO(photograph)).convert("RGB")
     if image.height > image.width:
         image = image.transpose(Image.Transpose.ROTATE_90)
     written = io.BytesIO()
-    image.resize((kind.width, kind.height), Image.Resampling.LANCZOS).save(written, "JPEG", quality=QUALITY)
+    image.resize(kind.shape, Image.Resampling.LANCZOS).save(written, "JPEG", quality=QUALITY)
     return written.getvalue()
 
 

@@ -9,8 +9,9 @@ small networks instead, in float32, on one process and on two: every stage, shar
 two-level shards, averages and granular recomputation. There the peak is that of PyTorch's CPU allocator,
 which the profiler records: unlike the plan's count it also sees what operations take inside, and DeepSpeed.
 
-Writes results/plan_vs_measured-DEVICE.json, anew after every case. A case that fails says why, and leaves the
-others alone. ``--plan-again`` measures nothing: it sets the peaks on file beside what is planned now.
+Writes results/plan_vs_measured-DEVICE.json, anew after every case; with ``--case`` the other cases on file
+stay. A case that fails says why, and leaves the others alone. ``--plan-again`` measures nothing: it sets the
+peaks on file beside what is planned now.
 """
 
 from __future__ import annotations
@@ -239,16 +240,21 @@ def compared(case: Case, plan: Memory, peak_bytes: float, device: str) -> dict[s
 
 def plan_again(cases: Sequence[Case], device: str) -> dict[str, Any]:
     """The measurements on file, each beside what is planned now; no case runs."""
-    on_file = json.loads((record.RESULTS / f"plan_vs_measured-{device}.json").read_text())["cases"]
-    found = {}
+    measured_before, found = on_file(device), {}
     with tempfile.TemporaryDirectory(prefix="fd-plan-") as folder:
         for case in cases:
-            figures = on_file.get(case.name, {"failed": "was not measured"})
+            figures = measured_before.get(case.name, {"failed": "was not measured"})
             if "failed" not in figures:
                 plan = planned(case, Path(folder), world=case.world, device=device)
                 figures |= compared(case, plan, figures["measured_peak_gib"] * 2**30, device)
             found[case.name] = figures
     return found
+
+
+def on_file(device: str) -> dict[str, Any]:
+    """The cases that the results hold."""
+    path = record.RESULTS / f"plan_vs_measured-{device}.json"
+    return dict(json.loads(path.read_text())["cases"]) if path.is_file() else {}
 
 
 def main() -> None:
@@ -277,7 +283,7 @@ def main() -> None:
     # Imports are most of a small case: on a CPU, whose peaks are counted from a case's own start, those of as
     # many processes share them.
     groups = [[c for c in cases if c.world == world] for world in (1, 2)] if on_cpu else [[c] for c in cases]
-    found: dict[str, Any] = {}
+    found = {} if asked.case is None else on_file("cpu" if on_cpu else "cuda")
     for group in filter(None, groups):
         for name, figures in _in_processes(group, steps, asked.limit):
             found[name] = figures

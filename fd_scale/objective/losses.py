@@ -18,10 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd_scale.objective import kernels
-from fd_scale.objective.targets import WHITEN_EPS, has_class_token, l2_normalise, whiten, working_dtype
+from fd_scale.objective.targets import (
+    WHITEN_EPS,
+    has_class_token,
+    l2_normalise,
+    l2_scaled,
+    whiten,
+    working_dtype,
+)
 from fd_scale.run import recipe as recipes
 
-Target = Literal["whiten", "l2", "none"]
+Target = Literal["whiten", "l2", "l2_scaled", "none"]
 Normaliser = Literal["mean", "weighted_mean"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -42,9 +49,9 @@ def whitened_smooth_l1(
 
     ``sum(w * l(prediction - target)) / Z``, where ``l(d)`` is ``d^2 / (2 beta)`` below ``beta`` and
     ``|d| - beta / 2`` above (beta 0 is plain L1). The target of a teacher token is ``whiten`` (LayerNorm
-    without affine, ``eps`` in its square root), ``l2`` (unit length) or ``none``. ``token_weight`` w is
-    (N,) or (B, N), 1 when not given. Z is B N D for ``mean``, and D times the sum of the weights for
-    ``weighted_mean``; where that sum is 0, so is the loss.
+    without affine, ``eps`` in its square root), ``l2`` (unit length), ``l2_scaled`` (length sqrt(D)) or
+    ``none``. ``token_weight`` w is (N,) or (B, N), 1 when not given. Z is B N D for ``mean``, and D times the
+    sum of the weights for ``weighted_mean``; where that sum is 0, so is the loss.
 
     Inputs are bfloat16, float16, float32 or float64 of equal shape; inside and in the result it is float32,
     or float64 when an input is. The gradient reaches the prediction alone, in its dtype. A token of weight
@@ -177,7 +184,12 @@ def _smooth_l1(difference: Tensor, beta: float) -> Tensor:
 
 
 def _targets(eps: float) -> Mapping[str, Callable[[Tensor], Tensor]]:
-    return {"whiten": lambda t: whiten(t, eps), "l2": l2_normalise, "none": lambda t: t}
+    return {
+        "whiten": lambda t: whiten(t, eps),
+        "l2": l2_normalise,
+        "l2_scaled": l2_scaled,
+        "none": lambda t: t,
+    }
 
 
 def _expanded(token_weight: Tensor, prediction_BND: Tensor) -> Tensor:

@@ -45,6 +45,14 @@ def l2_normalise(tokens_BND: Tensor, eps: float = L2_EPS) -> Tensor:
     return F.normalize(tokens_BND.to(working_dtype(tokens_BND)), dim=-1, eps=eps)
 
 
+def l2_scaled(tokens_BND: Tensor, eps: float = L2_EPS) -> Tensor:
+    """``l2_normalise`` times sqrt(D): each token to a root mean square of 1 over its channels.
+
+    The direction of ``l2_normalise`` at the size of ``whiten``, so that the two differ in the mean alone.
+    """
+    return l2_normalise(tokens_BND, eps) * tokens_BND.shape[-1] ** 0.5
+
+
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """What targets and losses are computed in: float64 when a tensor is float64, else float32."""
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)

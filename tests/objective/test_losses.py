@@ -242,7 +242,7 @@ GOOD = {"prediction": (2, 3, 4), "teacher": (2, 3, 4)}
         ({"beta": -1.0}, "beta=-1.0 must be"),
         ({"beta": float("nan")}, "beta=nan must be"),
         ({"eps": -1e-5}, "eps=-1e-05 must be"),
-        ({"target": "white"}, "target='white' must be one of whiten, l2, none"),
+        ({"target": "white"}, "target='white' must be one of whiten, l2, l2_scaled, none"),
         ({"normaliser": "sum"}, "normaliser='sum' must be one of mean, weighted_mean"),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fd_scale.objective.features import Features
-from fd_scale.objective.targets import l2_normalise, mean_as_class, num_selected, select, whiten
+from fd_scale.objective.targets import l2_normalise, l2_scaled, mean_as_class, num_selected, select, whiten
 from tests.reference import objective as reference
 
 
@@ -21,7 +21,9 @@ def random_tokens(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 + 5
 
 
-@pytest.mark.parametrize(("function", "name"), [(whiten, "whiten"), (l2_normalise, "l2")])
+@pytest.mark.parametrize(
+    ("function", "name"), [(whiten, "whiten"), (l2_normalise, "l2"), (l2_scaled, "l2_scaled")]
+)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 7), (1, 5, 384)])
 def test_each_token_against_the_reference(function: Any, name: str, shape: tuple[int, ...]) -> None:
     tokens_BND = random_tokens(0, *shape)
@@ -43,7 +45,7 @@ def test_l2_of_zero_is_zero() -> None:
     assert not l2_normalise(torch.zeros(1, 1, 4)).any()
 
 
-@pytest.mark.parametrize("function", [whiten, l2_normalise])
+@pytest.mark.parametrize("function", [whiten, l2_normalise, l2_scaled])
 def test_half_precision_goes_to_float32_even_under_autocast(function: Any) -> None:
     tokens_BND = random_tokens(1, 2, 3, 8).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):

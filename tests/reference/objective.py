@@ -29,8 +29,9 @@ def target_token(token_D: Array, target: str, eps: float = 1e-5) -> Array:
         mean = math.fsum(token_D) / len(token_D)
         variance = math.fsum((x - mean) ** 2 for x in token_D) / len(token_D)
         return (token_D - mean) / math.sqrt(variance + eps)
-    if target == "l2":
-        return token_D / max(math.sqrt(math.fsum(x * x for x in token_D)), 1e-12)
+    if target in ("l2", "l2_scaled"):
+        size = math.sqrt(len(token_D)) if target == "l2_scaled" else 1.0
+        return size * token_D / max(math.sqrt(math.fsum(x * x for x in token_D)), 1e-12)
     return token_D
 
 

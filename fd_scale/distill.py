@@ -31,7 +31,7 @@ from fd_scale.run import scale
 from fd_scale.run.recipe import Recipe
 from fd_scale.run.scale import Resolved
 from fd_scale.run.world import World
-from fd_scale.student import Student, build_student
+from fd_scale.student import Student, begin, build_student
 from fd_scale.teachers import Guest, Teacher, difference, load, targets
 from fd_scale.teachers.sharded import placed
 
@@ -147,9 +147,11 @@ def load_teachers(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> l
 
 
 def seeded_student(recipe: Recipe, teachers: Sequence[Teacher], resolved: Resolved) -> Student:
-    """The student with random weights that depend on the recipe's seed alone, hence equal on every rank."""
+    """The student with random weights that depend on the recipe's seed alone, hence equal on every rank, or
+    with those that the recipe gives its backbone."""
     torch.manual_seed(recipe.seed)
     student = build_student(recipe, teachers)
+    begin(student, recipe.student)
     student.set_grad_checkpointing(resolved.activation_checkpointing, **resolved.granularity)
     if resolved.compile:
         compile_blocks(student.backbone)

@@ -8,6 +8,7 @@ either.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,37 @@ def export(run: Path, *, step: int | None = None, average: bool = False) -> Expo
     weights = folder.exports / f"step-{checkpoint.step:08d}{'-ema' * average}.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
     loading = loading_recipe(recipe)
-    partial = weights.with_suffix(".partial")
-    save_file(tensors, partial, metadata=_metadata(recipe, checkpoint, loading, average=average))
-    partial.replace(weights)
+    write_weights(
+        weights,
+        tensors,
+        recipe.student,
+        step=str(checkpoint.step),
+        weights="average" if average else "raw",
+        loading=json.dumps(loading),
+    )
     if head := embedder_tensors(checkpoint, average=average):
         beside = embedding_file(weights)
+        partial = beside.with_suffix(".partial")
         save_file(head, partial)
         partial.replace(beside)
     card = weights.with_suffix(".md")
     kind = f"moving average, decay {recipe.optim.average_decay:g} per step; float32" if average else "float32"
     write_atomically(card, _card(recipe, checkpoint, loading, weights, kind, _last_metrics(folder)))
     return Export(weights, card)
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], spec: Student, **facts: str) -> None:
+    """Write a backbone's tensors, by the architecture's own names, as the one form of file that every command
+    here takes for a network; ``facts`` go into its metadata."""
+    metadata = {
+        "format": "pt",
+        "fd_scale": __version__,
+        "student": json.dumps(spec.model_dump(mode="json")),
+        **facts,
+    }
+    partial = path.with_suffix(".partial")
+    save_file(dict(tensors), partial, metadata=metadata)
+    partial.replace(path)
 
 
 def student_tensors(checkpoint: Checkpoint, *, average: bool = False) -> dict[str, Tensor]:
@@ -105,19 +126,6 @@ def choose(folder: RunFolder, step: int | None) -> Checkpoint:
             f"checkpoint {wanted.path.name} is damaged: {'; '.join(wrong)}; choose another with --step"
         )
     return wanted
-
-
-def _metadata(
-    recipe: Recipe, checkpoint: Checkpoint, loading: dict[str, Any], *, average: bool
-) -> dict[str, str]:
-    return {
-        "format": "pt",
-        "fd_scale": __version__,
-        "step": str(checkpoint.step),
-        "weights": "average" if average else "raw",
-        "student": json.dumps(recipe.student.model_dump(mode="json")),
-        "loading": json.dumps(loading),
-    }
 
 
 def _last_metrics(folder: RunFolder) -> dict[str, Any]:

@@ -12,10 +12,12 @@ Shape letters: B images, N tokens, M selected tokens, D channels, E CLIP's joint
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import models
@@ -151,7 +153,8 @@ def recompute(backbone: nn.Module, enable: bool = True, **granularity: Any) -> N
 
 
 def build_student(recipe: recipes.Recipe, teachers: Sequence[MapLike]) -> Student:
-    """The student of a recipe for these teachers, with random weights from PyTorch's global generator.
+    """The student of a recipe for these teachers, with random weights from PyTorch's global generator even
+    where it is to ``begin`` with others.
 
     Raises ``RecipeError`` for an unknown architecture, and for maps that cannot be compared as the recipe
     asks.
@@ -189,6 +192,39 @@ def build_backbone(spec: recipes.Student) -> nn.Module:
         )
     except (ArchitectureError, models.ModelError) as error:
         raise RecipeError(f"{error} (student.architecture, student.arguments)") from error
+
+
+def begin(student: Student, spec: recipes.Student) -> None:
+    """Put the weights that the recipe begins with, if there are any, into the backbone.
+
+    Raises ``RecipeError`` for a file that cannot be read, or whose tensors are not those of the backbone.
+    """
+    if spec.weights is None:
+        return
+    try:
+        tensors = load_file(spec.weights)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(
+            f"student.weights={spec.weights!r} is no readable .safetensors file ({error}): name "
+            "one, or set null"
+        ) from error
+    own = student.backbone.state_dict()
+    wrong = [
+        f"{name}: {_shape(tensors, name)} there, {_shape(own, name)} in the student"
+        for name in sorted(own.keys() | tensors.keys())
+        if _shape(tensors, name) != _shape(own, name)
+    ]
+    if wrong:
+        raise RecipeError(
+            f"student.weights={spec.weights!r} do not fit {spec.architecture} ({len(wrong)} tensors):\n  "
+            + "\n  ".join(wrong[:6])
+            + "\ncheck student.architecture, student.position, student.layer_scale and student.arguments"
+        )
+    student.backbone.load_state_dict(tensors)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(tensors[name].shape) if name in tensors else "absent"
 
 
 def map_form(backbone: nn.Module, spec: recipes.Student) -> MapForm:

@@ -35,6 +35,10 @@ UNNORMED = "last map, which has no norm of its own"
 """The record of a map that is taken as it is."""
 
 
+UNNORMED_ON_REQUEST = "last map before its final norm"
+"""The record of a map whose norm was taken off."""
+
+
 class ArchitectureError(ValueError):
     """A timm architecture that is unknown, cannot be built as asked, or gives no map of tokens."""
 
@@ -122,6 +126,19 @@ def feature_point(network: nn.Module) -> str:
 def normed_by(norm: str) -> str:
     """The record of a map that this final norm, by its name in the network, was applied to."""
     return f"last map after {norm} on all tokens"
+
+
+def take_off_final_norm(network: nn.Module) -> None:
+    """Let ``final_map`` give the map before its final norm. Raises ``ArchitectureError`` where there is
+    none."""
+    names = [*_norms_after_pooling(network)]
+    if not names and not isinstance(getattr(network, "norm", None), nn.Identity | None):
+        names = ["norm"]
+    if not names:
+        raise ArchitectureError(f"{type(network).__name__} has no final norm to take off")
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        setattr(network.get_submodule(owner), last, nn.Identity())
 
 
 def read(network: nn.Module, pixels_BCHW: Tensor) -> Features:

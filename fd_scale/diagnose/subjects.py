@@ -25,7 +25,7 @@ from fd_scale.objective.losses import Objective
 from fd_scale.pixels import normalise
 from fd_scale.run import recipe as recipes
 from fd_scale.run.folder import RunFolder
-from fd_scale.student import Student, build_student
+from fd_scale.student import Student, begin, build_student
 from fd_scale.teachers import Guest, Teacher, difference, targets
 from fd_scale.teachers.timm import load_classifier
 
@@ -162,12 +162,14 @@ def load_pair(
 
 
 def student_of(run: Run, checkpoint: Checkpoint | None, device: torch.device) -> Subject:
-    """The student of a run at a checkpoint, or with the random weights that it began with (``None``)."""
+    """The student of a run at a checkpoint, or with the weights that it began with (``None``)."""
     recipe = run.recipe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         # Without its teacher there is nothing to project to, and the backbone stands alone.
         student = build_student(recipe, run.teachers)
+    if checkpoint is None:
+        begin(student, recipe.student)
     if checkpoint is not None:
         tensors = student_weights(checkpoint, average=run.average)
         wanted = student.state_dict()

@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 
 class Student(Section):
-    """The network that is trained, from random weights."""
+    """The network that is trained, from random weights unless it is given some."""
 
     architecture: str
     """A name of ``models`` (``vit_base_patch16``), or ``timm:NAME`` for any timm backbone."""
@@ -41,6 +41,9 @@ class Student(Section):
     """Stochastic depth rate of the last block, linear over depth; the student only."""
     arguments: dict[str, Scalar] = {}
     """Further arguments of the architecture, by its own names."""
+    weights: str | None = None
+    """A .safetensors file of this very architecture to begin with; ``null`` for random weights, as in the
+    papers."""
 
 
 class Teacher(Section):
@@ -56,6 +59,11 @@ class Teacher(Section):
     """Side of its square input, pixels; ``null`` takes the size it was trained at."""
     arguments: dict[str, Scalar] = {}
     """Further arguments of the architecture, by the library's own names."""
+    final_norm: bool = True
+    """Whether its last map is taken after its final norm, as in the papers; not for ``open_clip``."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Stochastic depth rate of its last block while it teaches (a row of the papers' ablation; their teachers
+    have none); not for ``open_clip``."""
 
 
 class Color(Section):
@@ -110,8 +118,9 @@ class View(Section):
 class Objective(Section):
     """What is regressed on what (FD paper, section 3)."""
 
-    target: Literal["whiten", "l2", "none"] = "whiten"
-    """Normalisation of each teacher token."""
+    target: Literal["whiten", "l2", "l2_scaled", "none"] = "whiten"
+    """Normalisation of each teacher token: mean 0 and variance 1 over channels, unit length, length
+    sqrt(channels), or none."""
     granularity: Literal["full", "cls", "gap"] = "full"
     """The whole map, the class token alone, or the mean of the patches."""
     beta: float = Field(default=2.0, ge=0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from fd_scale.errors import TeacherError
@@ -98,11 +99,13 @@ def freeze(
     mean: Sequence[float],
     std: Sequence[float],
     projection_DE: Tensor | None = None,
+    drop_path: float = 0.0,
 ) -> Teacher:
     """The network as a teacher: fingerprinted as loaded, then in eval mode, without gradients, on its device.
 
-    ``projection_DE`` is a CLIP's projection of its class token. Width, grid and prefix tokens are read off
-    one map. Raises ``TeacherError`` when the network does not take ``input_size``.
+    ``projection_DE`` is a CLIP's projection of its class token. With ``drop_path``, the rate that the network
+    was built with, its stochastic depth alone stays active. Width, grid and prefix tokens are read off one
+    map. Raises ``TeacherError`` when the network does not take ``input_size``.
     """
     record = fingerprint(
         network.state_dict(),
@@ -114,6 +117,8 @@ def freeze(
         input_size=input_size,
         mean=mean,
         std=std,
+        # Absent where it is the default, so that teachers recorded before it was known are still the same.
+        **({"drop_path": drop_path} if drop_path else {}),
     )
     network.eval().requires_grad_(False).to(device=device, dtype=dtype)
     try:
@@ -124,6 +129,10 @@ def freeze(
         raise TeacherError(
             f"teacher {architecture} gives no map at {input_size} px: {error} (teacher.input_size)"
         ) from error
+    if drop_path > 0:
+        for module in network.modules():
+            if isinstance(module, DropPath):
+                module.train()
     return Teacher(
         name=architecture,
         network=network,

@@ -60,6 +60,11 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
         raise TeacherError(
             f"unknown open_clip architecture {spec.architecture!r}{near} (teacher.architecture)"
         )
+    if not spec.final_norm or spec.drop_path > 0:
+        raise TeacherError(
+            f"teacher.final_norm={spec.final_norm} and teacher.drop_path={spec.drop_path:g} are not for "
+            "open_clip: name the same network in timm (teacher.library=timm)"
+        )
     where = weights.source(spec.weights)
     arguments = dict(spec.arguments)
     tag = _tag(spec.architecture, where, arguments.pop(STATISTICS, None))

@@ -17,11 +17,13 @@ from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD
 from fd_scale.run import recipe as recipes
 from fd_scale.teachers import weights
 from fd_scale.teachers.frozen import Teacher, freeze
-from fd_scale.timm_maps import normed_by
+from fd_scale.timm_maps import UNNORMED_ON_REQUEST, normed_by
 from models.swinv2 import SwinV2, official_state_dict
 
 HEADS = ("head.",)
 DEFAULT_SIZE = 224
+FINAL_NORM = "norm"
+"""Its name in every architecture of ``models``."""
 
 
 def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, seed: int) -> Teacher:
@@ -42,6 +44,10 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
         if isinstance(network, SwinV2):
             tensors = official_state_dict(tensors)
         weights.fit(network, tensors, of=checkpoint.label, into=spec.architecture, heads=HEADS)
+    feature_point = normed_by(FINAL_NORM)
+    if not spec.final_norm:
+        setattr(network, FINAL_NORM, nn.Identity())
+        feature_point = UNNORMED_ON_REQUEST
     return freeze(
         network,
         read,
@@ -51,10 +57,11 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
         architecture=spec.architecture,
         arguments=spec.arguments,
         weights=where.label,
-        feature_point=normed_by("norm"),
+        feature_point=feature_point,
         input_size=spec.input_size or DEFAULT_SIZE,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+        drop_path=spec.drop_path,
     )
 
 
@@ -66,6 +73,11 @@ def read(network: nn.Module, pixels_BCHW: Tensor) -> Features:
 def _build(spec: recipes.Teacher) -> nn.Module:
     arguments: dict[str, Any] = dict(spec.arguments)
     try:
-        return models.create(spec.architecture, input_size=spec.input_size or DEFAULT_SIZE, **arguments)
+        return models.create(
+            spec.architecture,
+            input_size=spec.input_size or DEFAULT_SIZE,
+            drop_path=spec.drop_path,
+            **arguments,
+        )
     except models.ModelError as error:
         raise TeacherError(f"{error} (teacher.architecture, teacher.arguments)") from error

@@ -23,7 +23,7 @@ from fd_scale.run import recipe as recipes
 from fd_scale.teachers import weights
 from fd_scale.teachers.frozen import Teacher, freeze
 from fd_scale.teachers.weights import VISUAL, Checkpoint, Source
-from fd_scale.timm_maps import ArchitectureError
+from fd_scale.timm_maps import UNNORMED_ON_REQUEST, ArchitectureError
 
 STATISTICS = "pretrained_cfg"
 """timm's own argument that names a tag: for a local file, the tag whose mean and std it was trained with."""
@@ -44,10 +44,14 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
     try:
         tag = _tag(spec.architecture, where, arguments.pop(STATISTICS, None))
         network = _loaded(spec, where, tag, arguments, seed)
+        projection_DE = _projection(network, spec.architecture, where, tag, seed)
+        network.reset_classifier(0)  # type: ignore[operator]
+        feature_point = timm_maps.feature_point(network)
+        if not spec.final_norm:
+            timm_maps.take_off_final_norm(network)
+            feature_point = UNNORMED_ON_REQUEST
     except ArchitectureError as error:
         raise TeacherError(f"{error} (teacher.architecture, teacher.arguments)") from error
-    projection_DE = _projection(network, spec.architecture, where, tag, seed)
-    network.reset_classifier(0)  # type: ignore[operator]
     settings: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     return freeze(
         network,
@@ -58,11 +62,12 @@ def load(spec: recipes.Teacher, *, device: torch.device, dtype: torch.dtype, see
         architecture=spec.architecture,
         arguments=arguments,
         weights=where.label,
-        feature_point=timm_maps.feature_point(network),
+        feature_point=feature_point,
         input_size=spec.input_size or int(settings["input_size"][-1]),
         mean=settings["mean"],
         std=settings["std"],
         projection_DE=projection_DE,
+        drop_path=spec.drop_path,
     )
 
 
@@ -179,12 +184,15 @@ def _loaded(
     num_classes: int = 0,
 ) -> nn.Module:
     """The network with its weights; of a file, with a classifier of ``num_classes`` or none."""
+    # Not every family knows the argument, so that it is given only where there is something to drop.
+    drop_path = {"drop_path_rate": spec.drop_path} if spec.drop_path > 0 else {}
     build = partial(
         timm_maps.build,
         spec.architecture,
         input_size=spec.input_size,
         arguments=arguments,
         pretrained_cfg=tag,
+        **drop_path,
     )
     if where.is_random:
         with weights.drawn_from(seed, spec.architecture):

@@ -21,7 +21,7 @@ from fd_scale.errors import RecipeError
 from fd_scale.objective import Objective
 from fd_scale.pixels import normalise
 from fd_scale.run import recipe as recipes
-from fd_scale.student import Student, build_backbone, build_student, loading_recipe
+from fd_scale.student import Student, begin, build_backbone, build_student, loading_recipe
 from tests.reference import objective as reference
 from tests.teachers.tiny import pixels, saved, shaken
 
@@ -313,6 +313,35 @@ def test_exported_weights_load_in_timm(name: str, tmp_path: Path) -> None:
     values = torch.randn(2, 3, asked.student.input_size, asked.student.input_size)
     # One implementation of attention against another: 2.4e-7 seen.
     assert torch.allclose(network(values), student.backbone.eval()(values), rtol=0, atol=3e-5)
+
+
+def test_a_student_begins_with_the_weights_that_it_is_given(tmp_path: Path) -> None:
+    giver, student = made(recipe()), made(recipe())
+    shaken(giver)
+    before = {name: value.clone() for name, value in student.projectors.state_dict().items()}
+    path = saved(giver.backbone.state_dict(), tmp_path / "giver.safetensors")
+    begin(student, recipe().student)
+    assert not torch.equal(student.backbone.norm.weight, giver.backbone.norm.weight)
+    begin(student, recipe({"weights": str(path)}).student)
+    for name, value in student.backbone.state_dict().items():
+        assert torch.equal(value, giver.backbone.state_dict()[name]), name
+    # Projectors are the student's own: the giver has none.
+    assert all(torch.equal(value, before[name]) for name, value in student.projectors.state_dict().items())
+
+
+def test_weights_that_a_student_cannot_begin_with(tmp_path: Path) -> None:
+    path = saved(made(recipe({"position": "ape"})).backbone.state_dict(), tmp_path / "ape.safetensors")
+    words = (
+        r"do not fit vit_micro_patch8 \(2 tensors\):\n  pos_embed: \(1, 17, 16\) there, absent in the student"
+    )
+    with pytest.raises(RecipeError, match=words):
+        begin(made(recipe()), recipe({"weights": str(path)}).student)
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for name in ("text.safetensors", "absent.safetensors"):
+        with pytest.raises(
+            RecipeError, match=rf"student.weights='.*{name}' is no readable .safetensors file"
+        ):
+            begin(made(recipe()), recipe({"weights": str(tmp_path / name)}).student)
 
 
 def test_exported_weights_load_in_models() -> None:

@@ -74,6 +74,54 @@ def test_own_architectures_from_a_file(tmp_path: Path) -> None:
     assert teacher.std == (0.229, 0.224, 0.225)
 
 
+@pytest.mark.parametrize("library", ["timm", "models"])
+@torch.no_grad()
+def test_the_map_before_the_final_norm(library: str) -> None:
+    """A LayerNorm of it, with the norm's own scale and shift, is the map after."""
+    asked = LIBRARIES[library]
+    after, before = loaded(asked), loaded(asked.model_copy(update={"final_norm": False}))
+    norm = after.network.norm
+    norm.weight.mul_(1.5)
+    norm.bias.add_(0.25)
+    values = pixels(SIDE)
+    bare = before.features(values).tokens_BND
+    expected = after.features(values).tokens_BND
+    # The same float32 operations in another place: equal here.
+    assert torch.allclose(norm(bare), expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(bare, expected, atol=0.1)
+    told, weights = difference(after.fingerprint, before.fingerprint)
+    assert (
+        told == "feature_point was 'last map after norm on all tokens', now 'last map before its final norm'"
+    )
+    assert weights.startswith("the weights themselves")  # those of the norm are gone
+
+
+def test_a_network_without_a_final_norm_has_none_to_take_off() -> None:
+    asked = spec("resnet18", input_size=SIDE, final_norm=False)
+    with pytest.raises(TeacherError, match="ResNet has no final norm to take off"):
+        loaded(asked)
+
+
+@pytest.mark.parametrize("library", ["timm", "models"])
+def test_a_teacher_that_drops_paths(library: str) -> None:
+    """Two calls differ, by stochastic depth alone; a record tells such a teacher from the steady one."""
+    asked = LIBRARIES[library]
+    steady, dropping = loaded(asked), loaded(asked.model_copy(update={"drop_path": 0.5}))
+    values = pixels(SIDE)
+    torch.manual_seed(0)
+    first, second = (dropping.features(values).tokens_BND for _ in range(2))
+    assert not torch.equal(first, second)
+    assert {type(m).__name__ for m in dropping.network.modules() if m.training} == {"DropPath"}
+    assert difference(steady.fingerprint, dropping.fingerprint) == ["drop_path was None, now 0.5"]
+    assert "drop_path" not in steady.fingerprint
+
+
+def test_open_clip_keeps_norm_and_paths() -> None:
+    for changes in ({"final_norm": False}, {"drop_path": 0.1}):
+        with pytest.raises(TeacherError, match="are not for open_clip: name the same network in timm"):
+            loaded(LIBRARIES["open_clip"].model_copy(update=changes))
+
+
 @torch.no_grad()
 def test_own_swinv2_takes_microsofts_names(tmp_path: Path) -> None:
     torch.manual_seed(0)

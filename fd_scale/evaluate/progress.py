@@ -26,13 +26,18 @@ from fd_scale.errors import RecipeError
 from fd_scale.evaluate.backbone import pool
 from fd_scale.evaluate.knn import HEADLINE, classify
 from fd_scale.objective.features import Features
-from fd_scale.objective.targets import l2_normalise, whiten
+from fd_scale.objective.targets import l2_normalise, l2_scaled, whiten
 from fd_scale.run.recipe import Recipe
 from fd_scale.run.world import World
 from fd_scale.timm_maps import as_features
 from fd_scale.training import Run
 
-NORMALISERS = {"whiten": whiten, "l2": l2_normalise, "none": lambda tokens: tokens.float()}
+NORMALISERS = {
+    "whiten": whiten,
+    "l2": l2_normalise,
+    "l2_scaled": l2_scaled,
+    "none": lambda tokens: tokens.float(),
+}
 START = "probe_start.safetensors"
 """In the run's reports: pooled features of step 0."""
 

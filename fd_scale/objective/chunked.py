@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fd_scale.objective import kernels
 from fd_scale.objective.losses import Objective
-from fd_scale.objective.targets import WHITEN_EPS, working_dtype
+from fd_scale.objective.targets import WHITEN_EPS, for_kernels, working_dtype
 from models.projector import Projector
 
 NUM_INPUTS = 6
@@ -149,12 +149,13 @@ class _Head(torch.autograd.Function):
             for piece in pieces(len(tokens_BMD), tokens_BMD.shape[1], how.batch.chunk_tokens):
                 student_RD = tokens_BMD[piece].flatten(0, 1)
                 predicted = F.linear(tokens_BMD[piece], weight_CD, bias_C)
+                taught, target = for_kernels(taught_BMC[piece], spec.target)
                 value, gradient = kernels.loss_and_gradient(
                     predicted,
-                    taught_BMC[piece],
+                    taught,
                     weight_BM[piece].to(dtype),
                     denominator,
-                    target=spec.target,
+                    target=target,
                     beta=spec.beta,
                     eps=WHITEN_EPS,
                 )

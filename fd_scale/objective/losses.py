@@ -20,9 +20,9 @@ from torch import Tensor
 from fd_scale.objective import kernels
 from fd_scale.objective.targets import (
     WHITEN_EPS,
+    for_kernels,
     has_class_token,
     l2_normalise,
-    l2_scaled,
     whiten,
     working_dtype,
 )
@@ -32,6 +32,7 @@ Target = Literal["whiten", "l2", "l2_scaled", "none"]
 Normaliser = Literal["mean", "weighted_mean"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+TARGETS: tuple[Target, ...] = ("whiten", "l2", "l2_scaled", "none")
 NORMALISERS: tuple[Normaliser, ...] = ("mean", "weighted_mean")
 
 
@@ -60,18 +61,19 @@ def whitened_smooth_l1(
     """
     _check_tokens(prediction_BND, teacher_BND)
     _check_settings(beta=beta, target=target, normaliser=normaliser, eps=eps)
-    if kernels.choose(prediction_BND, teacher_BND, target).name == "triton":
+    teacher_BND, made = for_kernels(teacher_BND.detach(), target)
+    if kernels.choose(prediction_BND, teacher_BND, made).name == "triton":
         return kernels.whitened_smooth_l1(
             prediction_BND,
-            teacher_BND.detach(),
+            teacher_BND,
             beta=beta,
-            target=target,
+            target=made,
             token_weight=token_weight,
             normaliser=normaliser,
             eps=eps,
         ).value
     dtype = working_dtype(prediction_BND, teacher_BND)
-    teacher_BND = teacher_BND.detach().to(dtype)
+    teacher_BND = teacher_BND.to(dtype)
     predicted_BND = prediction_BND.to(dtype)
     weight_BN = None
     if token_weight is not None:
@@ -80,7 +82,7 @@ def whitened_smooth_l1(
         predicted_BND = torch.where(kept_BN1, predicted_BND, 0)
         teacher_BND = torch.where(kept_BN1, teacher_BND, 0)
     with torch.autocast(prediction_BND.device.type, enabled=False):
-        taught_BND = _targets(eps)[target](teacher_BND)
+        taught_BND = _targets(eps)[made](teacher_BND)
         loss_BN = _smooth_l1(predicted_BND - taught_BND, beta).mean(dim=-1)
         if weight_BN is None:
             return loss_BN.mean()
@@ -184,12 +186,7 @@ def _smooth_l1(difference: Tensor, beta: float) -> Tensor:
 
 
 def _targets(eps: float) -> Mapping[str, Callable[[Tensor], Tensor]]:
-    return {
-        "whiten": lambda t: whiten(t, eps),
-        "l2": l2_normalise,
-        "l2_scaled": l2_scaled,
-        "none": lambda t: t,
-    }
+    return {"whiten": lambda t: whiten(t, eps), "l2": l2_normalise, "none": lambda t: t}
 
 
 def _expanded(token_weight: Tensor, prediction_BND: Tensor) -> Tensor:
@@ -234,7 +231,7 @@ def _check_settings(*, beta: float, target: str, normaliser: str, eps: float) ->
         raise ValueError(f"beta={beta} must be a finite number, 0 (plain L1) or above")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps={eps} must be a finite number, 0 or above")
-    if target not in (targets := _targets(eps)):
-        raise ValueError(f"target={target!r} must be one of {', '.join(targets)}")
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r} must be one of {', '.join(TARGETS)}")
     if normaliser not in NORMALISERS:
         raise ValueError(f"normaliser={normaliser!r} must be one of {', '.join(NORMALISERS)}")

@@ -53,6 +53,14 @@ def l2_scaled(tokens_BND: Tensor, eps: float = L2_EPS) -> Tensor:
     return l2_normalise(tokens_BND, eps) * tokens_BND.shape[-1] ** 0.5
 
 
+def for_kernels(
+    tokens_BND: Tensor, target: Literal["whiten", "l2", "l2_scaled", "none"]
+) -> tuple[Tensor, Literal["whiten", "l2", "none"]]:
+    """Teacher tokens and target as the kernels take them: they have no form of ``l2_scaled``, which is made
+    here, in float32."""
+    return (l2_scaled(tokens_BND), "none") if target == "l2_scaled" else (tokens_BND, target)
+
+
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """What targets and losses are computed in: float64 when a tensor is float64, else float32."""
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)

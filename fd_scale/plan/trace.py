@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from fd_scale.objective import Objective, kernels
 from fd_scale.objective.losses import cosine_distance
+from fd_scale.objective.targets import for_kernels
 from fd_scale.plan.course import MANY, Course, Trace
 from fd_scale.plan.ledger import Ledger
 from fd_scale.plan.networks import without_storage
@@ -145,8 +146,9 @@ class Networks:
         if self.device == "cpu":
             return Objective(objective)(predicted, taught, valid)
         weight_BN = valid[:, None].float().expand(taught[0].shape[:2])
+        tokens_BND, target = for_kernels(taught[0], objective.target)
         loss: Tensor = kernels.whitened_smooth_l1(
-            predicted[0], taught[0], beta=objective.beta, target=objective.target, token_weight=weight_BN
+            predicted[0], tokens_BND, beta=objective.beta, target=target, token_weight=weight_BN
         ).value
         if objective.embedding_weight:
             loss = loss + objective.embedding_weight * cosine_distance(predicted[-1], taught[-1], valid)

@@ -80,6 +80,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "weighted mean": {"normaliser": "weighted_mean"},
     "l2, plain L1": {"target": "l2", "beta": 0.0},
     "none": {"target": "none", "cls_weight": 1.0, "beta": 0.5},
+    "l2 at the size of whitened": {"target": "l2_scaled"},
 }
 
 

@@ -87,7 +87,7 @@ def tokens(seed: int, *shape: int, scale: float = 3.0, shift: float = 1.7) -> Te
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (3, 7, 5), (2, 9, 33)])
-@pytest.mark.parametrize("target", ["whiten", "l2", "none"])
+@pytest.mark.parametrize("target", ["whiten", "l2", "l2_scaled", "none"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("weighting", ["none", "N", "BN"])
 @pytest.mark.parametrize("normaliser", ["mean", "weighted_mean"])
@@ -168,7 +168,7 @@ def test_dtypes_may_differ_and_float64_wins() -> None:
     assert whitened_smooth_l1(prediction.float(), teacher).dtype == torch.float64
 
 
-@pytest.mark.parametrize("target", ["whiten", "l2", "none"])
+@pytest.mark.parametrize("target", ["whiten", "l2", "l2_scaled", "none"])
 def test_the_teacher_gets_no_gradient(target: Any) -> None:
     prediction, teacher = tokens(1, 2, 3, 8).requires_grad_(), tokens(2, 2, 3, 8).requires_grad_()
     whitened_smooth_l1(prediction, teacher, target=target).backward()
@@ -178,7 +178,7 @@ def test_the_teacher_gets_no_gradient(target: Any) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["prediction", "teacher"])
-@pytest.mark.parametrize("target", ["whiten", "l2", "none"])
+@pytest.mark.parametrize("target", ["whiten", "l2", "l2_scaled", "none"])
 @pytest.mark.parametrize("beta", [0.0, 2.0])
 def test_nothing_leaks_from_a_token_of_weight_zero(bad: float, where: str, target: Any, beta: float) -> None:
     clean = {"prediction": tokens(1, 2, 3, 8), "teacher": tokens(2, 2, 3, 8)}
@@ -198,7 +198,7 @@ def test_nothing_leaks_from_a_token_of_weight_zero(bad: float, where: str, targe
 
 
 @pytest.mark.parametrize("where", ["prediction", "teacher"])
-@pytest.mark.parametrize("target", ["whiten", "l2", "none"])
+@pytest.mark.parametrize("target", ["whiten", "l2", "l2_scaled", "none"])
 @pytest.mark.parametrize("beta", [0.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_nan_in_a_kept_token_reaches_loss_and_gradient(

@@ -101,13 +101,15 @@ class Workbench:
         found = {name: self.store.find("student", facts[name]) for name in asked}
         missing = [name for name, piece in found.items() if piece is None]
         if self.store.planning:
+            # In the teacher's own unit, be its seconds measured or supposed: what is taught on asks for a ratio.
+            pace = teacher.record["seconds"] / self.bench.teaching.images
             work = {name: asked[name].schedule.images * (1 + FORWARD / len(missing)) for name in missing}
             planned = {
                 name: self.store.plan(
                     "student",
                     facts[name],
                     work=work[name],
-                    suppose={"seconds": asked[name].schedule.images * (1 + FORWARD)},
+                    suppose={"seconds": asked[name].schedule.images * (1 + FORWARD) * pace},
                 )
                 for name in missing
             }

@@ -101,7 +101,7 @@ class Workbench:
         found = {name: self.store.find("student", facts[name]) for name in asked}
         missing = [name for name, piece in found.items() if piece is None]
         if self.store.planning:
-            # In the teacher's own unit, be its seconds measured or supposed: what is taught on asks for a ratio.
+            # In the teacher's unit, measured or supposed: what is taught on asks for a ratio of the two.
             pace = teacher.record["seconds"] / self.bench.teaching.images
             work = {name: asked[name].schedule.images * (1 + FORWARD / len(missing)) for name in missing}
             planned = {

@@ -98,7 +98,7 @@ def memory(layout: Layout, sizes: Sizes, trace: Trace, device: Device) -> Memory
         during_pass += Counter(_traffic_parts(layout, sizes, device))
     moments = [Moment(trace.peak_phase, during_pass)]
     if layout.teacher == "shard" and layout.world > 1:
-        gathered = Counter({"teacher's gather": _teacher_window(layout, sizes)})
+        gathered = Counter({"teacher's gather": _teacher_window(layout, sizes, device)})
         # The student's weights come only after it.
         taught = {label: size for label, size in trace.at_teacher_peak.items() if label != GATHERED}
         moments.append(Moment("teacher's pass", kept + gathered + Counter(_traced_parts(taught))))
@@ -300,7 +300,10 @@ def _gather_window(layout: Layout, sizes: Sizes, device: Device) -> int:
     return layout.weight_bytes * min(gathered, max(live, sizes.largest), reuse + prefetch + sizes.largest)
 
 
-def _teacher_window(layout: Layout, sizes: Sizes) -> int:
-    """Of a teacher in shares, the weights that are gathered at once while it runs."""
-    gathered = sizes.teacher - sizes.teacher_small
-    return layout.weight_bytes * min(gathered, sizes.teacher_largest + TEACHER_PREFETCH)
+def _teacher_window(layout: Layout, sizes: Sizes, device: Device) -> int:
+    """Of a teacher in shares, the weights that are gathered at once while it runs; on a CPU also the copy
+    that gloo makes of the last bucket, and holds until the next one is asked for."""
+    sharded = sizes.teacher - sizes.teacher_small
+    gathered = min(sharded, sizes.teacher_largest + TEACHER_PREFETCH)
+    copied = min(sharded, TEACHER_PREFETCH) if device == "cpu" else 0
+    return layout.weight_bytes * (gathered + copied)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,8 @@ def test_the_overview_says_what_was_not_run(tmp_path: Path, work: Path) -> None:
     assert smoke("position", work, tmp_path) == 0
     told = report.overview(["position"], tmp_path)
     assert told.splitlines()[2].endswith("| not run yet | |")
-    found = outcome.read(outcome.path_of("position", "smoke", tmp_path))
-    outcome.path_of("position", "smoke", tmp_path).rename(outcome.path_of("position", "laptop", tmp_path))
+    found = replace(outcome.read(outcome.path_of("position", "smoke", tmp_path)), budget="laptop")
+    outcome.write(found, tmp_path)
     told = report.overview(["position"], tmp_path)
     assert f"[laptop](position/results/laptop.md): {report.sentence(found)}" in told
     assert "shared relative over absolute" in told

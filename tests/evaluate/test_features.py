@@ -1,10 +1,12 @@
 """Features of a data set: every readable sample once, in order, and the same from the cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_scale.data.index import ShardSet
 from fd_scale.data.scenes import scene, scene_seed, write_scenes
@@ -37,7 +39,12 @@ class Colours:
 
     def backbone(self) -> Backbone:
         record = {"sha256": f"colours x {self.scale}"}
-        return Backbone("colours", SIDE, torch.device("cpu"), record, self)
+        return backbone_of("colours", record, self)
+
+
+def backbone_of(name: str, record: dict[str, Any], read: Callable[[Tensor], Features]) -> Backbone:
+    """A network that is the function ``read`` of uint8 pixels."""
+    return Backbone(name, SIDE, torch.device("cpu"), record, lambda pixels: pixels, read, nn.Identity())
 
 
 @dataclass
@@ -122,7 +129,7 @@ def test_features_that_are_not_finite_are_refused():
     def logarithms(pixels: Tensor) -> Features:
         return Features(pixels.float().mean((2, 3)).log()[:, None], (1, 1), 0)
 
-    broken = Backbone("broken", SIDE, torch.device("cpu"), {}, logarithms)
+    broken = backbone_of("broken", {}, logarithms)
     with pytest.raises(EvaluationError, match="broken gives 1 of 3 images gap features that are not finite"):
         extract(broken, [batch([5, 0, 7], [0, 1, 0])])
 

@@ -141,4 +141,6 @@ def test_ranks_under_mpirun_form_one_group() -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[(0, 0, 'mpirun', None), (1, 1, 'mpirun', None)] 0.5"] * 2
+    # mpirun may put the words of one rank between those of the other.
+    assert done.stdout.count("[(0, 0, 'mpirun', None), (1, 1, 'mpirun', None)]") == 2
+    assert done.stdout.count(" 0.5") == 2

@@ -6,6 +6,7 @@ beside them. It holds no host name and no path.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import subprocess
@@ -46,8 +47,14 @@ def write(name: str, results: Mapping[str, Any]) -> Path:
     """``results/<name>.json``: the facts of this machine, then the results; replaced whole."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    write_atomically(path, as_json({"facts": facts(), **results}))
+    write_atomically(path, as_json({"facts": _at_first_write(), **results}))
     return path
+
+
+@functools.cache
+def _at_first_write() -> dict[str, Any]:
+    """The facts before this process wrote any results, which are changes of the checkout themselves."""
+    return facts()
 
 
 def _version(package: str) -> str | None:

@@ -99,14 +99,13 @@ def test_a_run_takes_what_was_planned(name: str, tmp_path: Path) -> None:
 TWO = {
     one.name: one
     for one in CPU_CASES
-    if one.name in ("vit_zero2_offloaded_x2", "swin_zero3_recomputed_teacher_in_shares_ema_x2")
+    if one.name in ("vit_zero2_offloaded_x2", "vit_zero3_teacher_in_shares_x2")
 }
 
 
 @pytest.mark.slow
 def test_two_processes_take_what_was_planned(tmp_path: Path) -> None:
-    """Within 5 %: the optimizer on the host; and a teacher in shares, whose pass is the fullest moment beside
-    a student that is recomputed. Worst seen on an idle machine: 0.7 %."""
+    """Within 5 %: the optimizer on the host, and a teacher in shares. Worst seen: 2.9 % (the latter)."""
     ratios = ratios_to_plan(TWO, tmp_path, world=2, num_steps=3)
     assert all(abs(ratio - 1) < SLACK for ratio in ratios.values()), ratios
 

@@ -208,19 +208,23 @@ def begin(student: Student, spec: recipes.Student) -> None:
             f"student.weights={spec.weights!r} is no readable .safetensors file ({error}): name "
             "one, or set null"
         ) from error
-    own = student.backbone.state_dict()
-    wrong = [
-        f"{name}: {_shape(tensors, name)} there, {_shape(own, name)} in the student"
-        for name in sorted(own.keys() | tensors.keys())
-        if _shape(tensors, name) != _shape(own, name)
-    ]
-    if wrong:
+    if wrong := misfits(student.backbone, tensors, "student"):
         raise RecipeError(
             f"student.weights={spec.weights!r} do not fit {spec.architecture} ({len(wrong)} tensors):\n  "
             + "\n  ".join(wrong[:6])
             + "\ncheck student.architecture, student.position, student.layer_scale and student.arguments"
         )
     student.backbone.load_state_dict(tensors)
+
+
+def misfits(network: nn.Module, tensors: Mapping[str, Tensor], role: str) -> list[str]:
+    """A line for each tensor that the network, in its ``role``, and the given ones do not have alike."""
+    own = network.state_dict()
+    return [
+        f"{name}: {_shape(tensors, name)} there, {_shape(own, name)} in the {role}"
+        for name in sorted(own.keys() | tensors.keys())
+        if _shape(tensors, name) != _shape(own, name)
+    ]
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:

@@ -12,6 +12,7 @@ of a patch.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -36,7 +37,7 @@ MASKED = 0.6
 """Share of patches that are masked (SimMIM); with grey pixels, since the backbone has no mask token."""
 
 
-class Lesson(nn.Module):
+class Lesson(nn.Module, ABC):
     """A backbone and what teaches it; ``forward`` takes views (B, 3, S, S) uint8 and the images' numbers."""
 
     num_views: ClassVar[int] = 1
@@ -48,9 +49,9 @@ class Lesson(nn.Module):
         self.width: int = backbone.embed_dim  # type: ignore[assignment]
         self.build()
 
+    @abstractmethod
     def build(self) -> None:
         """Make the heads."""
-        raise NotImplementedError
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """(B, N, D) of uint8 pixels."""

@@ -7,7 +7,7 @@ are fitted to another input size. The head is the business of ``classifier.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD
 from fd_scale.positions import resized
 from fd_scale.run import recipe as recipes
 from fd_scale.run.transfer import Start, TransferRecipe
-from fd_scale.student import TIMM, build_backbone, map_form
+from fd_scale.student import TIMM, build_backbone, map_form, misfits
 from fd_scale.teachers import load
 from fd_scale.teachers.fingerprint import fingerprint
 from fd_scale.timm_maps import MapForm
@@ -204,20 +204,10 @@ def _side(found: Weights, form: MapForm, spec: recipes.Student, wanted: recipes.
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    own = network.state_dict()
-    wrong = [
-        f"{n}: {_shape(tensors, n)} there, {_shape(own, n)} in the network"
-        for n in sorted(own.keys() | tensors.keys())
-        if _shape(tensors, n) != _shape(own, n)
-    ]
-    if wrong:
+    if wrong := misfits(network, tensors, "network"):
         raise RunError(
             f"the weights of {name} do not fit ({len(wrong)} tensors):\n  "
             + "\n  ".join(wrong[:6])
             + "\ncheck start.network and start.input_size"
         )
     network.load_state_dict(dict(tensors))
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> Sequence[int] | str:
-    return tuple(tensors[name].shape) if name in tensors else "absent"

@@ -2,7 +2,6 @@
 
     <root>/fd_swinv2g-3fa91c07/    the recipe's name and the fingerprint of its science
       recipe.json                  what was asked
-      teacher.json                 fingerprint of the teacher: weights, preprocessing, feature point
       placement.json               what a scale's "teacher": "auto" came to, and why
       starts/0001/                 one per start:
         ds_config.json               what DeepSpeed got
@@ -115,11 +114,6 @@ class RunFolder:
         return self.path / "recipe.json"
 
     @property
-    def teacher(self) -> Path:
-        """File of the teacher's fingerprint."""
-        return self.path / "teacher.json"
-
-    @property
     def placement(self) -> Path:
         """File of where the teacher's weights lie, where the scale left that open."""
         return self.path / "placement.json"
@@ -159,29 +153,6 @@ class RunFolder:
         write_atomically(start / "ds_config.json", as_json(ds_config))
         write_atomically(start / "environment.json", as_json(environment))
         return start
-
-    def record_teacher(self, fingerprint: Mapping[str, Any]) -> None:
-        """Keep the teacher's fingerprint at the first start, and compare it at every other.
-
-        Raises ``RunError`` that names each differing fact: a run goes on with the teacher that it began
-        with.
-        """
-        now = json.loads(json.dumps(fingerprint))
-        if not self.teacher.exists():
-            write_atomically(self.teacher, as_json(now))
-            return
-        try:
-            before = json.loads(self.teacher.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RunError(
-                f"{self.teacher} is damaged ({error}): put it back from a copy, or begin a new run"
-            ) from None
-        if before != now:
-            raise RunError(
-                f"the teacher is not the one that the run {self.path} began with:\n"
-                + _differences(before, now)
-                + "\nset teacher.weights to the same weights as before, or begin a new run under another name"
-            )
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

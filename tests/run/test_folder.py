@@ -134,7 +134,6 @@ def test_places_are_those_of_the_design(tmp_path):
         folder.exports: "exports",
         folder.reports: "reports",
         folder.recipe: "recipe.json",
-        folder.teacher: "teacher.json",
         folder.placement: "placement.json",
     }
     assert all(place == folder.path / name for place, name in places.items())
@@ -203,45 +202,6 @@ def test_a_machine_without_git_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_module, "__file__", str(tmp_path / "a" / "b" / "c.py"))
     monkeypatch.setenv("PATH", "")
     assert environment()["source"] == {"commit": None, "uncommitted_changes": None}
-
-
-# The teacher.
-
-TEACHER = {"name": "vit", "weights": {"sha256": "abc", "tensors": 3}, "mean": (0.5, 0.5, 0.5)}
-
-
-def test_the_teacher_is_kept_and_compared(tmp_path):
-    folder = RunFolder.open(tmp_path, DEMO)
-    folder.record_teacher(TEACHER)
-    content = folder.teacher.read_text()
-    folder.record_teacher({**TEACHER, "mean": [0.5, 0.5, 0.5]})
-    assert folder.teacher.read_text() == content
-
-
-def test_another_teacher_is_refused_by_fact(tmp_path):
-    folder = RunFolder.open(tmp_path, DEMO)
-    folder.record_teacher(TEACHER)
-    other = {
-        "name": "vit",
-        "weights": {"sha256": "xyz", "tensors": 3},
-        "mean": (0.5, 0.4, 0.5),
-        "point": "norm",
-    }
-    with pytest.raises(RunError) as caught:
-        folder.record_teacher(other)
-    message = str(caught.value)
-    assert "  weights.sha256: 'abc' there, 'xyz' now" in message
-    assert "  mean: [0.5, 0.5, 0.5] there, [0.5, 0.4, 0.5] now" in message
-    assert "  point: 'absent' there, 'norm' now" in message
-    assert "tensors" not in message
-    folder.record_teacher(TEACHER)
-
-
-def test_a_damaged_teacher_file_is_refused(tmp_path):
-    folder = RunFolder.open(tmp_path, DEMO)
-    folder.teacher.write_text('{"na')
-    with pytest.raises(RunError, match=r"teacher\.json is damaged"):
-        folder.record_teacher(TEACHER)
 
 
 # Whole files.

@@ -1,8 +1,8 @@
 """How does a JPEG become pixels fastest? By the decoder that is installed, the same pixels from each.
 
-``turbojpeg`` (the system's library) decodes a region at full or smaller size, and no more; ``nvimgcodec``
-(extra ``fastjpeg``) does so at full size only; ``simplejpeg`` decodes the whole image and cuts; ``pillow``
-does the same, slower, and reads what the others refuse. All four are libjpeg-turbo with its accurate
+``turbojpeg`` decodes a region at full or smaller size, and no more; ``nvimgcodec`` does so at full size only
+(both in the extra ``fastjpeg``); ``simplejpeg`` decodes the whole image and cuts; ``pillow`` does the same,
+slower, and reads what the others refuse. All four are libjpeg-turbo with its accurate
 transform and agree bit for bit. Images of other formats, and what is done about colour spaces and
 orientation, are the business of ``decode``.
 """
@@ -50,8 +50,8 @@ def resolve(decoder: Decoder) -> Decoder:
         return "nvimgcodec" if _has_nvimgcodec() else "simplejpeg"
     if decoder == "turbojpeg" and not turbojpeg.is_installed():
         raise ValueError(
-            "run.decoder='turbojpeg' is not installed: libturbojpeg of version 3 or later, "
-            "for instance by conda install libjpeg-turbo"
+            "run.decoder='turbojpeg' is not installed: pip install 'fd-scale[fastjpeg]', "
+            "or libturbojpeg of version 3 or later on the system"
         )
     if decoder == "nvimgcodec" and not _has_nvimgcodec():
         raise ValueError("run.decoder='nvimgcodec' is not installed: pip install 'fd-scale[fastjpeg]'")

@@ -66,13 +66,13 @@ class Table:
 
     def key(self, sample: int) -> str:
         """The key of a sample."""
-        begin = int(self.key_ends[sample - 1]) if sample else 0
-        return str(self.keys[begin : int(self.key_ends[sample])], "utf-8", "surrogateescape")
+        begin = self.key_ends.item(sample - 1) if sample else 0
+        return str(self.keys[begin : self.key_ends.item(sample)], "utf-8", "surrogateescape")
 
     def image(self, sample: int) -> tuple[int, int]:
         """Offset and length of the image of a sample."""
-        member = self.first_members[sample]
-        return int(self.offsets[member]), int(self.lengths[member])
+        member = self.first_members.item(sample)
+        return self.offsets.item(member), self.lengths.item(member)
 
     def extent(self, first: int, last: int) -> tuple[int, int]:
         """Where the bytes of samples ``first`` .. ``last`` begin, and where they end."""
@@ -81,9 +81,11 @@ class Table:
 
     def members(self, sample: int) -> list[tuple[str, int, int]]:
         """(extension, offset, length) of each member of a sample, the image first."""
-        span = slice(*self.first_members[sample : sample + 2].tolist())
-        names = [self.extensions[number] for number in self.extension_ids[span].tolist()]
-        return list(zip(names, self.offsets[span].tolist(), self.lengths[span].tolist(), strict=True))
+        members = range(self.first_members.item(sample), self.first_members.item(sample + 1))
+        return [
+            (self.extensions[self.extension_ids.item(n)], self.offsets.item(n), self.lengths.item(n))
+            for n in members
+        ]
 
 
 def scan(path: Path) -> tuple[Table, list[Ignored]]:

@@ -1,9 +1,9 @@
 """What does TurboJPEG 3 make of a box of a JPEG at 1, 1/2, 1/4 or 1/8 of its size? The box, and no more.
 
-Of the decoders that ``jpeg`` knows it alone cuts and shrinks at once. The library is the system's
-(``libturbojpeg``, from version 3 on), called by ctypes, as no package for Python passes a region on to it. It
-survives damaged files itself and says that it failed; what becomes of the file then is the business of
-``jpeg``.
+Of the decoders that ``jpeg`` knows it alone cuts and shrinks at once. The library (``libturbojpeg``, with the
+functions of version 3) is that of Python's environment, of the system, or the copy in the package turbojpeg
+(extra ``fastjpeg``), whose own functions pass no region on: it is called by ctypes. It survives damaged files
+itself and says that it failed; what becomes of the file then is the business of ``jpeg``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.metadata
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,11 +88,20 @@ def _decoder(library: ctypes.CDLL) -> Iterator[int]:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The library of this Python's environment, or else the system's."""
-    for name in (str(Path(sys.prefix) / "lib" / _NAME), _NAME):
+    """The library of this Python's environment, or else the system's, or else the package's."""
+    for name in (str(Path(sys.prefix) / "lib" / _NAME), _NAME, *_packaged()):
         with contextlib.suppress(OSError, AttributeError):  # not there; of version 2, without the functions
             return _declared(ctypes.CDLL(name))
     return None
+
+
+def _packaged() -> list[str]:
+    """Libraries that came with the package turbojpeg."""
+    try:
+        files = importlib.metadata.files("turbojpeg") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [str(file.locate()) for file in files if file.name.startswith("libturbojpeg")]
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

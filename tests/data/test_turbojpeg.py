@@ -1,6 +1,8 @@
 """TurboJPEG by itself: which files it takes regions of, and that no library but its own is called."""
 
 import ctypes.util
+import importlib.metadata
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -18,6 +20,16 @@ def search(monkeypatch):
     turbojpeg._library.cache_clear()
     yield monkeypatch
     turbojpeg._library.cache_clear()
+
+
+@pytest.fixture
+def nobodys_package(monkeypatch):
+    """As if the package turbojpeg were not installed."""
+
+    def files(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", files)
 
 
 @needs_turbojpeg
@@ -76,29 +88,58 @@ def test_it_holds_no_memory_back():
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
 
 
-def test_without_the_library_there_are_no_regions(search, tmp_path):
+@needs_turbojpeg
+def test_damaged_files_end_no_process():
+    """Bytes changed, left out, put in, and cut off, more of them in the headers, at every size."""
+    rng = np.random.default_rng(0)
+    images = [encoded(picture(4, 48, 80), "JPEG", **options) for options in KINDS]
+    for _ in range(2000):
+        bad = bytearray(images[rng.integers(len(images))])
+        for _ in range(rng.integers(1, 8)):
+            begin = int(rng.integers(2, 700 if rng.random() < 0.6 else len(bad)))
+            length = int(rng.integers(0, 6))
+            bad[begin : begin + length] = rng.bytes(int(rng.integers(0, 6)))
+        divisor = int(2 ** rng.integers(4))
+        found = turbojpeg.region(bytes(bad), 0, 0, 48 // divisor, 80 // divisor, divisor)
+        assert found is None or found.shape == (48 // divisor, 80 // divisor, 3)
+
+
+def test_without_the_library_there_are_no_regions(search, nobodys_package):
     search.setattr(turbojpeg, "_NAME", "libturbojpeg-of-nobody.so.0")
     assert not turbojpeg.is_installed()
     assert turbojpeg.region(encoded(picture(4, 64, 96), "JPEG"), 0, 0, 8, 8, 1) is None
 
 
-def test_an_older_library_is_not_taken(search, tmp_path):
+def test_an_older_library_is_not_taken(search, nobodys_package):
     """One that loads but lacks the functions of version 3; the environment's is looked at first."""
     older = ctypes.util.find_library("c") or "libc.so.6"
     search.setattr(turbojpeg, "_NAME", older)
     assert not turbojpeg.is_installed()
 
 
-@needs_turbojpeg
-def test_the_environments_own_library_comes_first(search, tmp_path):
-    loaded = []
-    real = ctypes.CDLL
+def test_the_environments_own_library_comes_first_and_the_packages_last(search, tmp_path):
+    tried = []
 
     def load(name):
-        loaded.append(name)
-        return real(turbojpeg._NAME)
+        tried.append(name)
+        raise OSError("not there")
 
+    packaged = importlib.metadata.PackagePath("turbojpeg.libs/libturbojpeg-1.so.0")
+    packaged.dist = importlib.metadata.distribution("pip")
+    search.setattr(importlib.metadata, "files", {"turbojpeg": [Path("turbojpeg.so"), packaged]}.get)
     search.setattr(sys, "prefix", str(tmp_path))
     search.setattr(ctypes, "CDLL", load)
-    assert turbojpeg.is_installed()
-    assert loaded == [str(Path(tmp_path) / "lib" / turbojpeg._NAME)]
+    assert not turbojpeg.is_installed()
+    name = turbojpeg._NAME
+    assert tried == [str(tmp_path / "lib" / name), name, str(packaged.locate())]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("turbojpeg") is None, reason="needs the package: pip install turbojpeg"
+)
+def test_the_packages_library_has_regions(search):
+    """Found without those of the environment and the system."""
+    search.setattr(turbojpeg, "_NAME", "libturbojpeg-of-nobody.so.0")
+    image = encoded(picture(4, 64, 96), "JPEG")
+    found = turbojpeg.region(image, 8, 16, 30, 40, 1)
+    np.testing.assert_array_equal(found, drafted(image, 1)[8:38, 16:56])

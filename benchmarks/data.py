@@ -1,6 +1,6 @@
 """How fast do images reach a training process? Our loader, ImageFolder and webdataset with PIL, in CPU time.
 
-    python -m benchmarks.data PHOTOS.tar      writes results/data.json; needs no GPU, under five minutes
+    python -m benchmarks.data PHOTOS.tar      writes results/data.json; needs no GPU, about five minutes
     python -m benchmarks.data --table         prints the table of docs/data.md from it
 
 The photographs of the tar are taken as they are, and written anew as JPEG of quality 90 at 500 x 375 and
@@ -8,11 +8,12 @@ The photographs of the tar are taken as they are, and written anew as JPEG of qu
 
 End to end, two workers make batches of 50 views of 224 pixels; every way draws crops of 8 to 100 % of the
 area and resamples bicubically, antialiased. Every time a way is run, it is in a process of its own, and its
-CPU seconds are those of that process and its workers. The ways take turns, round after round; a ratio is the
-median over the rounds of what two ways took in the same one, so that what slows the machine down for a while
-slows both. All files are in the page cache. Beside them stand one process without a loader (views alone), its
-limit (decoding each crop's region at full size, resampling nothing), and plain reading: samples without
-decoding through webdataset's iterator and through ours.
+CPU seconds are those of that process and its workers, with samples enough for their start not to count. The
+ways take turns, round after round; a ratio is the median over the rounds of what two ways took in the same
+one, so that what slows the machine down for a while slows both. All files are in the page cache. Beside them
+stand one process without a loader (views alone), its limit (decoding each crop's region at full size,
+resampling nothing), and plain reading: samples without decoding through webdataset's iterator and through
+ours.
 """
 
 from __future__ import annotations
@@ -70,13 +71,13 @@ class Kind:
 
 
 KINDS = (
-    Kind("as they are", 400),
-    Kind("500x375", 400, (500, 375)),
-    Kind("1500x1125", 200, (1500, 1125)),
+    Kind("as they are", 800),
+    Kind("500x375", 800, (500, 375)),
+    Kind("1500x1125", 1200, (1500, 1125)),
 )
 ALONE = 100
 """Photographs of each kind of which one process makes views."""
-READ, PASSES = "500x375", 10
+READ, PASSES = "500x375", 20
 """Where nothing but reading is measured: of which kind, and how often over its samples."""
 BASELINE = "ImageFolder + PIL"
 SMALL = {"ours, simplejpeg": 1.9, "ours, nvimgcodec": 2.2, "ours, turbojpeg": 2.2}

@@ -7,12 +7,14 @@ plan's business, worker processes and the budget for bad samples the loader's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from fd_scale.data.color import NUM_PARAMETERS
 from fd_scale.data.decode import Exif, Picture, read
@@ -99,7 +101,7 @@ def read_batch(
     """
     count, sizes = len(samples), wanted.sizes(samples.step)
     # Channels last is how pictures are decoded and resampled: a row is then one copy of memory.
-    pixels = {size: torch.zeros(count, size, size, 3, dtype=torch.uint8) for size in sizes}
+    pixels = {size: _black(count, size, size, 3) for size in sizes}
     valid = torch.zeros(count, dtype=torch.bool)
     labels = torch.full((count,), -1, dtype=torch.int64) if wanted.labels else None
     colors = torch.zeros(count, NUM_PARAMETERS) if wanted.colors else None
@@ -128,6 +130,14 @@ def read_batch(
             colors[row] = torch.from_numpy(wanted.colors(seed))
     planes = {size: rows.permute(0, 3, 1, 2) for size, rows in pixels.items()}
     return Batch(planes, valid, keys, labels, colors), faults
+
+
+def _black(*shape: int) -> Tensor:
+    """uint8 zeros; in a worker in shared memory, through which batches travel: a copy is spared."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
 def _label(sample: RawSample) -> int:

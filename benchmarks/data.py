@@ -75,7 +75,7 @@ KINDS = (
     Kind("500x375", 800, (500, 375)),
     Kind("1500x1125", 1200, (1500, 1125)),
 )
-ALONE = 100
+ALONE = 250
 """Photographs of each kind of which one process makes views."""
 READ, PASSES = "500x375", 20
 """Where nothing but reading is measured: of which kind, and how often over its samples."""

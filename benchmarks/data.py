@@ -56,7 +56,7 @@ from fd_scale.data.view import Box, apply, draw
 from fd_scale.run.sections import View
 
 SIZE, BATCH, WORKERS, QUALITY = 224, 50, 2, 90
-ROUNDS = 3
+ROUNDS, ALONE_ROUNDS = 3, 9
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -108,14 +108,21 @@ def main(words: Sequence[str]) -> int:
 def measure(photographs: Sequence[bytes], scratch: Path) -> dict[str, Any]:
     """All that there is to measure, as plain values."""
     say = Console(stderr=True).print
-    protocol = {"view": SIZE, "batch": BATCH, "workers": WORKERS, "rounds": ROUNDS, "quality": QUALITY}
+    protocol = {
+        "view": SIZE,
+        "batch": BATCH,
+        "workers": WORKERS,
+        "rounds": ROUNDS,
+        "rounds_alone": ALONE_ROUNDS,
+        "quality": QUALITY,
+    }
     found: dict[str, Any] = {"protocol": protocol, "kinds": {}}
     for kind in KINDS:
         say(f"{kind.name}: {kind.samples} samples of {len(photographs)} photographs")
         images = [_shaped(photograph, kind) for photograph in photographs]
         folder, shards = _data_set(images, kind, scratch / kind.name)
         end_to_end = _in_turns(_ways(folder, shards), kind.samples, say)
-        alone = _in_turns(_alone(images[:ALONE]), len(images[:ALONE]), say)
+        alone = _in_turns(_alone(images[:ALONE]), len(images[:ALONE]), say, ALONE_ROUNDS)
         found["kinds"][kind.name] = {
             "samples": kind.samples,
             "mean_bytes": float(np.mean([len(image) for image in images])),
@@ -304,16 +311,16 @@ def _read_by_plan(shards: Path) -> int:
 
 
 def _in_turns(
-    ways: dict[str, Callable[[], int]], expected: int, say: Callable[[str], None]
+    ways: dict[str, Callable[[], int]], expected: int, say: Callable[[str], None], rounds: int = ROUNDS
 ) -> dict[str, dict[str, Any]]:
     """What each way took in every round, the ways taking turns; rates are those of the median round."""
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for number in range(ROUNDS):
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for number in range(rounds):
         for name, way in ways.items():
             count, cpu_s, wall_s = _apart(way)
             if count != expected:
                 raise RuntimeError(f"{name} gave {count} samples of {expected}")
-            rounds[name].append((cpu_s, wall_s))
+            found[name].append((cpu_s, wall_s))
             say(f"  round {number + 1}: {name}: {count / cpu_s:,.0f} images/CPU-s")
     return {
         name: {
@@ -321,7 +328,7 @@ def _in_turns(
             "images_per_s": expected / statistics.median(wall_s for _, wall_s in taken),
             "cpu_s": [cpu_s for cpu_s, _ in taken],
         }
-        for name, taken in rounds.items()
+        for name, taken in found.items()
     }
 
 

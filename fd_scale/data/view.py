@@ -122,8 +122,8 @@ def _resize(image_HWC: np.ndarray, height: int, width: int, interpolation: Inter
     PyTorch itself and not torchvision, which on some processors would calculate in float32 and round
     otherwise, and takes 0.05 ms to find out that it need not.
     """
-    pixels_NHWC = torch.from_numpy(np.ascontiguousarray(image_HWC)).unsqueeze(0)
-    planes_NCHW = pixels_NHWC.permute(0, 3, 1, 2)
+    pixels_NHWC = np.ascontiguousarray(image_HWC).reshape(1, *image_HWC.shape)
+    planes_NCHW = torch.from_numpy(pixels_NHWC.transpose(0, 3, 1, 2))
     if planes_NCHW.shape[2] > _MANY_ROWS * height:
         planes_NCHW = F.interpolate(
             planes_NCHW, (height, planes_NCHW.shape[3]), mode=interpolation, antialias=True

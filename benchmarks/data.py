@@ -1,6 +1,6 @@
 """How fast do images reach a training process? Our loader, ImageFolder and webdataset with PIL, in CPU time.
 
-    python -m benchmarks.data PHOTOS.tar      writes results/data.json; needs no GPU, about five minutes
+    python -m benchmarks.data PHOTOS.tar      writes results/data.json; needs no GPU, about six minutes
     python -m benchmarks.data --table         prints the table of docs/data.md from it
 
 The photographs of the tar are taken as they are, and written anew as JPEG of quality 90 at 500 x 375 and

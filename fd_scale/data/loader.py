@@ -8,12 +8,8 @@ sample it was at.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fd_scale.data import color, jpeg
+from fd_scale.data import color, jpeg, worker
 from fd_scale.data.decode import Picture
 from fd_scale.data.faults import Budget, Fault, Ledger, Totals
 from fd_scale.data.index import ShardSet
@@ -290,11 +286,11 @@ class _Workers:
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             pin_memory=self.pin_memory and pieces == 1,
             prefetch_factor=PREFETCH if self.number else None,
-            worker_init_fn=_on_worker_start if self.number else None,
+            worker_init_fn=worker.on_start if self.number else None,
             timeout=self.timeout_s if self.number else 0,
             generator=torch.Generator(),  # its own: the training process's random numbers are not touched
         )
-        with _quiet_child_signal():
+        with worker.quiet_child_signal():
             arriving = iter(loader)
         try:
             while made := [one for one in (self._next(arriving, watch) for _ in range(pieces)) if one]:
@@ -323,9 +319,9 @@ class _Workers:
         """Raise the report of a dead or silent worker, if that is what the error is about."""
         if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
             return
-        for worker in arriving._workers:
-            worker.kill()  # one that hangs would not leave when asked
-            worker.join()
+        for process in arriving._workers:
+            process.kill()  # one that hangs would not leave when asked
+            process.join()
         reason = str(error).partition("\n")[0]
         raise ShardError(
             f"{reason} (killed for want of memory? then lower run.workers). Samples that they were at:\n  "
@@ -341,38 +337,5 @@ class _Workers:
         return f"shard {self.shards.names[shard]}, key {key}"
 
 
-@contextlib.contextmanager
-def _quiet_child_signal() -> Iterator[None]:
-    """Leave the signal of a dead child as it is.
-
-    PyTorch would raise from it wherever the training process happens to be; without it a death is found where
-    the batch is waited for, and can be reported.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread() and before is not None:
-            signal.signal(signal.SIGCHLD, before)
-
-
 def _as_it_is(made: _Made) -> _Made:
     return made
-
-
-def _on_worker_start(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process, which saves and then ends its workers itself.
-
-    A terminal and a batch system send them to every process of a job; a worker that vanished would break the
-    save.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_leave_when_parent_says, daemon=True).start()
-
-
-def _leave_when_parent_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        continue
-    os._exit(0)

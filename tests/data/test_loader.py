@@ -9,8 +9,6 @@ import re
 import signal
 import time
 from dataclasses import dataclass
-from multiprocessing import Pipe, get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -237,38 +235,6 @@ def test_random_numbers_of_the_training_process_are_not_touched(shards, workers)
     list(loader_of(shards, workers=workers))
     assert torch.equal(before[0], torch.get_rng_state())
     np.testing.assert_array_equal(before[1], np.random.get_state()[1])
-
-
-def consume(shards: ShardSet, pipe: Connection) -> None:
-    """A main process with two workers that is told to end while it reads."""
-    os.setsid()
-    told = []
-    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    signal.signal(signal.SIGINT, lambda number, _: told.append(number))
-    batches = iter(loader_of(shards, stop_step=None, workers=2))
-    next(batches)
-    pipe.send("ready")
-    pipe.recv()
-    pipe.send((sum(len(next(batches)) for _ in range(20)), sorted(told)))
-    # The loader is still open here, and the process must end at once all the same.
-
-
-def test_signals_to_workers_are_left_to_the_main_process(shards):
-    ours, theirs = Pipe()
-    process = get_context("fork").Process(target=consume, args=(shards, theirs))
-    process.start()
-    try:
-        assert ours.poll(30)
-        assert ours.recv() == "ready"
-        os.killpg(process.pid, signal.SIGTERM)  # what a batch system does
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-        ours.send("go on")
-        assert ours.poll(30)
-        assert ours.recv() == (20 * GLOBAL_BATCH, [signal.SIGINT, signal.SIGTERM])
-        process.join(30)
-        assert process.exitcode == 0
-    finally:
-        process.kill()
 
 
 SLEEPER = b"\xff\xd8\xff sleeps"

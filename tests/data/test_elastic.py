@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ GLOBAL_BATCH, STEPS, KILLED_AT = 8, 8, 4
 def train(folder: str, out: str, rank: int, world_size: int, port: int, die_at: int | None) -> None:
     """What a training process does with its data: go on from the saved state, write each global batch."""
     torch.set_num_threads(1)
+    set_start_method("fork", force=True)  # of the data workers, as under torchrun
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     shards = ShardSet.open(folder, access=Access(patience=HASTE))
@@ -101,7 +102,6 @@ def whole(local, tmp_path_factory) -> dict[int, str]:
     return batches(out)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["indexed", "streamed"])
 def test_a_run_killed_with_9_goes_on_as_if_nothing_had_been(local, whole, tmp_path, reader):
     assert list(whole) == list(range(STEPS))

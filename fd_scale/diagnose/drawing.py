@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,11 @@ def legend(panel: Axes) -> None:
     """Names, where there is more than one."""
     if len(panel.get_legend_handles_labels()[1]) > 1:
         panel.legend(loc="best")
+
+
+def wrapped(name: str, width: int) -> str:
+    """A network's name in lines of so many characters at the most, where its column is no wider."""
+    return "\n".join(textwrap.wrap(name, width))
 
 
 def columns_of(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Sequence[Any]]:

@@ -13,7 +13,17 @@ from matplotlib.ticker import MaxNLocator
 
 from fd_scale.diagnose.anatomy import evenly_spaced
 from fd_scale.diagnose.distance import uniform_distance
-from fd_scale.diagnose.drawing import LIGHT, Drawing, columns_of, legend, panels, picture_axes, series, styled
+from fd_scale.diagnose.drawing import (
+    LIGHT,
+    Drawing,
+    columns_of,
+    legend,
+    panels,
+    picture_axes,
+    series,
+    styled,
+    wrapped,
+)
 from fd_scale.diagnose.results import Results, Side
 
 MAX_MAPS = 8
@@ -166,11 +176,10 @@ def _heads(panel: Axes, side: Side) -> None:
         layer = side.anatomy.attention[0]
         even = uniform_distance(layer.grid, layer.patch_px)
         panel.axhline(even, color=LIGHT["muted"], linewidth=1, linestyle=":")
-        panel.set_title(
-            "dotted: even attention", loc="right", fontsize=7.5, fontweight="normal", color=LIGHT["muted"]
-        )
-    panel.set_title(side.name, color=colour)
+    panel.set_title(wrapped(side.name, 30), color=colour)
     _layers(panel, len(answers))
+    if not side.anatomy.is_windowed:
+        panel.set_xlabel("layer (dotted: even attention)")
     inside = ", inside windows" if side.anatomy.is_windowed else ""
     panel.set_ylabel(f"attention distance{inside}, px")
 
@@ -179,8 +188,9 @@ def _share_range(axes: Sequence[Axes]) -> None:
     """One range for all, wide enough for the dots at its ends."""
     low = min(panel.get_ylim()[0] for panel in axes)
     high = max(panel.get_ylim()[1] for panel in axes)
+    room = 0.03 * (high - low)  # a narrow panel's own margin is less than a dot of the shared range
     for panel in axes:
-        panel.set_ylim(max(low, 0), high)
+        panel.set_ylim(max(low - room, 0), high + room)
 
 
 def _line(panel: Axes, side: Side, values: Sequence[float]) -> None:

@@ -23,6 +23,7 @@ from fd_scale.diagnose.drawing import (
     picture_axes,
     series,
     styled,
+    wrapped,
 )
 from fd_scale.diagnose.norms import OUTLIER
 from fd_scale.diagnose.results import Results, Side
@@ -73,7 +74,7 @@ def token_similarity_figure(results: Results) -> Drawing | None:
                 label=side.name,
             )
         axes[0].set_ylabel("mean cosine of two patches")
-        axes[0].set_ylim(top=1.02)
+        axes[0].set_ylim(min(0, axes[0].get_ylim()[0]), 1.02)
         _layer_ticks(axes[0], sides)
         legend(axes[0])
     rows = [
@@ -164,7 +165,7 @@ def picture_figure(results: Results) -> Drawing | None:
     ]
     for kind, by_network, how in kinds:
         columns += [
-            (f"{kind}\n{side.name}", LIGHT[side.role], by_network[side.name], how)
+            (f"{kind}\n{wrapped(side.name, 16)}", LIGHT[side.role], by_network[side.name], how)
             for side in results.sides
             if side.name in by_network
         ]

@@ -90,7 +90,7 @@ CHAPTERS: Sequence[Chapter] = (
         "Loss landscape",
         (
             Question(
-                "How flat is the surrounding of the weights, as distilled?",
+                "How flat is the surrounding of the weights, as they are?",
                 partial(figures_weights.landscape_figure, stage="raw"),
                 "The wider and flatter the valley around 0, the less the network minds if its weights are"
                 " moved; thin lines are single random directions, the thick line is their mean.",

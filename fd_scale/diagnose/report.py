@@ -115,5 +115,5 @@ def _number(value: Any, digits: int | None = None) -> str:
     if abs(value) < NEGLIGIBLE:
         value = 0.0
     if digits is not None:
-        return f"{value:,.{digits}f}"
+        return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: a zero has no sign
     return f"{value:.4g}"

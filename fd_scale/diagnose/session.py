@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fd_scale.data.index import ShardSet
-from fd_scale.data.sets import open_shards
+from fd_scale.data.sets import access_of, open_shards
 from fd_scale.diagnose import images as imagery
 from fd_scale.diagnose import landscape, tasks
 from fd_scale.diagnose.anatomy import Anatomy, anatomy
@@ -32,6 +32,7 @@ from fd_scale.diagnose.subjects import DiagnoseError, Pair, Run, Subject, load_p
 from fd_scale.diagnose.survey import Survey, survey
 from fd_scale.diagnose.teller import SILENT, Teller
 from fd_scale.engine.checkpoint import committed
+from fd_scale.evaluate.naming import DistilledRun, LabelledRun, meaning
 from fd_scale.run.report import read_metrics
 from fd_scale.run.world import Place, World
 
@@ -84,7 +85,7 @@ def diagnose(request: Request, world: World, *, teller: Teller | None = None, li
         lambda: load_pair(request.target, request.against, step=request.step, device=world.device)
     )
     chosen = world.together(lambda: _choose_images(request, pair))
-    out = _out_folder(request, pair)
+    out = _out_folder(request)
     told = teller or Teller() if world.is_main else SILENT
     session = Session(request, pair, chosen, world, Parts(out / "parts"), told)
     results = session.run()
@@ -307,16 +308,21 @@ def _open_data(request: Request, pair: Pair) -> ShardSet:
         return ShardSet.open(request.data)
     if pair.run is not None:
         return open_shards(pair.run.recipe)
+    named = meaning(request.target)
+    if isinstance(named, LabelledRun) and named.recipe.data.test is not None:
+        return ShardSet.open(named.recipe.data.test, access=access_of(named.recipe))
     raise DiagnoseError(
         f"there are no images to look at: {request.target} names none, so give a folder of shards with "
         "--data (make one with `fd-scale shards pack IMAGES FOLDER`)"
     )
 
 
-def _out_folder(request: Request, pair: Pair) -> Path:
+def _out_folder(request: Request) -> Path:
     if request.out is not None:
         return request.out
-    return pair.run.folder.reports / "diagnose" if pair.run else Path("diagnose_out")
+    named = meaning(request.target)
+    is_run = isinstance(named, DistilledRun | LabelledRun)
+    return named.folder.reports / "diagnose" if is_run else Path("diagnose_out")
 
 
 def _title(pair: Pair) -> str:

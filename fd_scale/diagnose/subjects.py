@@ -227,7 +227,8 @@ def _subject(text: str, named: Named, device: torch.device, *, step: int | None 
             found = tuned.load(named, step=step)
             return Classifier(found.classifier.to(device), found.start.mean, found.start.std)
 
-        return replace(subject, name=f"fine-tuned {subject.name}", classifier=whole)
+        origin = f"{text}, {named.recipe.name} of {named.recipe.start.network}"
+        return replace(subject, name=f"fine-tuned {subject.name}", origin=origin, classifier=whole)
     if isinstance(named, LibraryNetwork):
         return _of_library(subject, named.spec, device)
     return subject

@@ -59,10 +59,14 @@ class Headline:
 
     @property
     def change(self) -> Literal["up", "down", "alike", ""]:
-        """From before to after; empty where there is nothing to compare."""
+        """From before to after, as far as the shown digits tell them apart; empty where there is nothing to
+        compare."""
         if self.before is None or not (math.isfinite(self.before) and math.isfinite(self.after)):
             return ""
-        if abs(self.after - self.before) <= ALIKE * max(abs(self.before), abs(self.after)):
+        shown = [round(value, self.digits) for value in (self.before, self.after)]
+        if shown[0] == shown[1] or (
+            abs(self.after - self.before) <= ALIKE * max(abs(self.before), abs(self.after))
+        ):
             return "alike"
         return "up" if self.after > self.before else "down"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from fd_scale import training
 from fd_scale.diagnose import tasks
 from fd_scale.diagnose.landscape import direction, evaluate
+from fd_scale.diagnose.session import Request, diagnose
 from fd_scale.diagnose.subjects import load_pair
+from fd_scale.diagnose.teller import SILENT
 from fd_scale.engine.checkpoint import AVERAGE, MASTER, Pieces, committed
 from fd_scale.evaluate import finetune
 from fd_scale.evaluate.naming import LabelledRun, SourceError, meaning
@@ -24,6 +27,7 @@ from fd_scale.evaluate.tuned import load
 from fd_scale.run.transfer import Start, TransferRecipe
 from fd_scale.run.watchdog import Watchdog
 from fd_scale.run.world import World
+from tests.diagnose.conftest import world as alone  # noqa: F401
 from tests.diagnose.tiny import ALONE
 from tests.evaluate.test_backbone import pixels
 from tests.evaluate.test_finetune import SIDE, data, recipe  # noqa: F401
@@ -106,3 +110,16 @@ def test_a_second_stage_that_keeps_the_norm_begins_at_the_first_one_s(run: Path)
 def test_an_input_size_is_not_for_measuring(run: Path) -> None:
     with pytest.raises(SourceError, match="is measured at the size that it was trained at"):
         open_source(str(run), input_size=48)
+
+
+def test_a_diagnosis_looks_at_its_test_images_and_lies_in_its_reports(
+    run: Path,
+    data: Path,  # noqa: F811
+    alone: World,  # noqa: F811
+) -> None:
+    asked = Request(str(run), against=str(run), images=4, with_landscape=False)
+    page = diagnose(asked, alone, teller=SILENT)
+    assert page == run / "reports" / "diagnose" / "report.html"
+    record = json.loads(page.with_name("report.json").read_text())
+    assert record["about"]["Data"] == str(data / "test")
+    assert f"{run}, fd_base of timm:test_vit@random" in page.read_text()

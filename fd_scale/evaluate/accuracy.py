@@ -27,10 +27,15 @@ class Accuracy:
     """Shares in [0, 1] of the images that could be read."""
 
     top1: float
-    top5: float
-    """Equal to ``top1`` where there are fewer than five classes to be among."""
+    top5: float | None
+    """None where there are fewer than five classes to be among."""
     num_images: int
     num_left_out: int
+
+    @property
+    def metrics(self) -> dict[str, list[float]]:
+        """By name, as records hold them."""
+        return {"top1": [self.top1]} | ({} if self.top5 is None else {"top5": [self.top5]})
 
 
 @torch.no_grad()
@@ -59,7 +64,7 @@ def measure(
         world_size=world.size,
         workers=workers,
     )
-    counts = torch.zeros(4, dtype=torch.int64)
+    counts = torch.zeros(5, dtype=torch.int64)
     done = 0
     for part in batches:
         logits_BC = predict(part.pixels[size].to(world.device)).float().cpu()
@@ -68,14 +73,16 @@ def measure(
             beat(f"batch {done} of a measurement")
         valid = part.valid
         labels = torch.as_tensor(part.labels)[valid]
-        counts += torch.tensor([*_hits(logits_BC[valid], labels), len(labels), int((~valid).sum())])
+        hits = _hits(logits_BC[valid], labels)
+        among_five = len(labels) if logits_BC.shape[1] >= 5 else 0
+        counts += torch.tensor([*hits, among_five, len(labels), int((~valid).sum())])
     share = -(-shards.num_samples // world.size)
     for _ in range(math.ceil(share / batch) - done):
         predict(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=world.device))
-    first, five, images, left_out = torch.stack(world.gather(counts)).sum(0).tolist()
+    first, five, among_five, images, left_out = torch.stack(world.gather(counts)).sum(0).tolist()
     if not images:
         raise EvaluationError(f"none of the {left_out} samples could be read")
-    return Accuracy(first / images, five / images, images, left_out)
+    return Accuracy(first / images, five / images if among_five else None, images, left_out)
 
 
 def _hits(logits_BC: Tensor, labels_B: Tensor) -> tuple[int, int]:
@@ -86,5 +93,4 @@ def _hits(logits_BC: Tensor, labels_B: Tensor) -> tuple[int, int]:
             f"{num_classes} classes: are these shards of the same classes?"
         )
     right_B5 = logits_BC.topk(min(5, num_classes), dim=1).indices == labels_B[:, None]
-    first = int(right_B5[:, 0].sum())
-    return first, int(right_B5.sum()) if num_classes >= 5 else first
+    return int(right_B5[:, 0].sum()), int(right_B5.sum())

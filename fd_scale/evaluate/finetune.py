@@ -317,8 +317,7 @@ def record_of(task: FineTuning) -> Record:
         network=start.record,
         protocol=protocol_of(recipe),
         data=task.sets.records,
-        metrics={name: [found.top1] for name, found in task.results.items()}
-        | {"top5": [task.results["top1"].top5]},
+        metrics={name: [found.top1] for name, found in task.results.items()} | task.results["top1"].metrics,
         headline="top1",
         num_test=task.results["top1"].num_images,
         seeds=[recipe.seed],

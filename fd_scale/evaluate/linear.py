@@ -195,7 +195,7 @@ class Probe:
             network=self.backbone.fingerprint,
             protocol=protocol_of(self.recipe),
             data=self.sets.records,
-            metrics={"top1": [result.top1], "top5": [result.top5]},
+            metrics=result.metrics,
             headline="top1",
             num_test=result.num_images,
             seeds=[self.recipe.seed],

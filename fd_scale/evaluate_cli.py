@@ -194,6 +194,8 @@ def evaluate(
         changes |= {} if value is None else {name: value}
     if held_out is not None:
         changes |= {"data.held_out": str(held_out), "measure.select": "held_out"}
+    if seed := next((word for word in set_ or [] if word.partition("=")[0].strip() == "seed"), None):
+        raise UserError(f"--set {seed}: seeds are given as --seeds {seed.partition('=')[2].strip()}")
     recipe = _recipe(str(task), preset, train, global_batch, changes, set_ or [])
     if dry_run:
         from fd_scale.evaluate.outline import outline

@@ -22,6 +22,7 @@ REFUSALS = [
     (["--task", "finetune", "--clip", "a@b"], "--clip: of no use to finetune; for zeroshot, retrieval"),
     (["--task", "retrieval", "--classes", "here"], "--classes: of no use to retrieval; for zeroshot"),
     (["--task", "finetune", "--seeds", "0,x", "--train", "SCENES"], "is not a list of whole numbers"),
+    (["--task", "finetune", "--set", "seed=5", "--train", "SCENES"], "seeds are given as --seeds 5"),
     (["--task", "finetune", "--seeds", "1,1", "--train", "SCENES"], "names a seed twice"),
     (["--task", "finetune", "--preset", "fd_bsae", "--train", "SCENES"], "did you mean fd_base"),
     (["--task", "finetune", "--preset", "linear", "--train", "SCENES"], "preset linear is for --task linear"),

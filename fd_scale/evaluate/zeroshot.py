@@ -56,10 +56,7 @@ def class_names(shards: ShardSet, file: Path | None) -> list[str]:
     them.
     """
     if file is not None:
-        try:
-            found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except OSError as error:
-            raise EvaluationError(f"{file} cannot be read: {error.strerror} (--classes)") from None
+        found = _lines(file, "--classes")
     elif shards.classes is None:
         raise EvaluationError(
             "the test shards do not name their classes: give a file, one per line (--classes)"
@@ -80,10 +77,23 @@ def templates_of(file: Path | None) -> list[Any]:
     """CLIP's 80 templates for ImageNet, or a file's lines with ``{}`` for the class."""
     if file is None:
         return list(open_clip.OPENAI_IMAGENET_TEMPLATES)
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if wrong := next((line for line in lines if line.count("{}") != 1), None):
+    lines = _lines(file, "--templates")
+    if wrong := next(
+        (line for line in lines if line.count("{}") != 1 or line.count("{") + line.count("}") > 2), None
+    ):
         raise EvaluationError(f"{file}: {wrong!r} does not hold one {{}} for the class (--templates)")
     return lines
+
+
+def _lines(file: Path, option: str) -> list[str]:
+    """Those of a text file that hold anything; raises ``EvaluationError`` where there are none."""
+    try:
+        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{file} cannot be read as text: {error} ({option})") from None
+    if not found:
+        raise EvaluationError(f"{file} is empty ({option})")
+    return found
 
 
 def zeroshot(
@@ -133,7 +143,7 @@ def zeroshot(
                         network=network.record,
                         protocol=protocol,
                         data={"test": data_record(shards)},
-                        metrics={f"top1_{mode}": [found.top1], f"top5_{mode}": [found.top5]},
+                        metrics={f"{name}_{mode}": values for name, values in found.metrics.items()},
                         headline=f"top1_{mode}",
                         num_test=found.num_images,
                         facts={"mode": mode, "clip": tower.name, "num_left_out": found.num_left_out},

@@ -164,9 +164,18 @@ def test_classes_and_templates_come_from_files_or_from_clip(tmp_path: Path) -> N
     with pytest.raises(EvaluationError, match="do not name their classes"):
         class_names(SimpleNamespace(classes=None), None)  # type: ignore[arg-type]
     assert len(templates_of(None)) == 80
-    file.write_text("a photo of {}\nplain\n")
-    with pytest.raises(EvaluationError, match=r"'plain' does not hold one {} for the class"):
+    for wrong in ("plain", "{} of {}", "{} of {place}"):
+        file.write_text(f"a photo of {{}}\n{wrong}\n")
+        with pytest.raises(EvaluationError, match=rf"'{wrong}' does not hold one {{}} for the class"):
+            templates_of(file)
+    file.write_text("\n")
+    with pytest.raises(EvaluationError, match=r"classes\.txt is empty \(--templates\)"):
         templates_of(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(EvaluationError, match=r"classes\.txt cannot be read as text: .*\(--classes\)"):
+        class_names(shards, file)
+    with pytest.raises(EvaluationError, match=r"none cannot be read as text: .*\(--templates\)"):
+        templates_of(tmp_path / "none")
 
 
 def test_towers_that_do_not_fit_are_refused(clip: Clip) -> None:

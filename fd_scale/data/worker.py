@@ -25,9 +25,8 @@ def on_start(_: int) -> None:
     assert parent is not None, "called in a worker alone"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGTERM}
-        )  # of the threads that start from here on too
+        # Blocked for the threads that start from here on too.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_leave_when_told, args=(parent,), daemon=True).start()
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 

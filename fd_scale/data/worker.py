@@ -53,7 +53,10 @@ def _leave_when_told(parent: BaseProcess) -> None:
 
 
 def _leave_with(parent: BaseProcess) -> None:
-    """PyTorch's own watch asks for ``getppid``, which is the fork server where one started the worker and so
-    never changes, and asks between two batches alone. The parent's sentinel tells of its end in any case."""
+    """End when the parent is gone, however it went.
+
+    PyTorch's own watch asks for ``getppid``, which is the fork server where one started the worker and so
+    never changes, and asks between two batches alone. The parent's sentinel tells of its end in any case.
+    """
     parent.join()
     os._exit(0)

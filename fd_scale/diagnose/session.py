@@ -321,8 +321,9 @@ def _out_folder(request: Request) -> Path:
     if request.out is not None:
         return request.out
     named = meaning(request.target)
-    is_run = isinstance(named, DistilledRun | LabelledRun)
-    return named.folder.reports / "diagnose" if is_run else Path("diagnose_out")
+    if isinstance(named, DistilledRun | LabelledRun):
+        return named.folder.reports / "diagnose"
+    return Path("diagnose_out")
 
 
 def _title(pair: Pair) -> str:

@@ -102,7 +102,7 @@ def memory(layout: Layout, sizes: Sizes, trace: Trace, device: Device) -> Memory
         # The student's weights come only after it.
         taught = {label: size for label, size in trace.at_teacher_peak.items() if label != GATHERED}
         moments.append(Moment("teacher's pass", kept + gathered + Counter(_traced_parts(taught))))
-    moments.append(Moment("step", on_device + Counter(_step_parts(layout, sizes, device))))
+    moments.append(Moment("step", on_device + Counter(_step_parts(layout, sizes))))
     return Memory(tuple(moments), sum(on_host.values()))
 
 
@@ -196,10 +196,12 @@ def _reduction_parts(layout: Layout, sizes: Sizes) -> dict[str, int]:
 
 
 def sharding(layout: Layout, sizes: Sizes, device: Device) -> Sharding | None:
-    """ZeRO-3's traffic for a trace, where all weights stay gathered from the way forward to the way back;
-    None for other stages and for larger models, whose window ``memory`` adds."""
-    if not layout.gathers(device):
+    """ZeRO-3's traffic for a trace, where all weights stay gathered from the way forward to the way back, or
+    none are; None for other stages and for larger models, whose window ``memory`` adds."""
+    if layout.zero_stage != 3:
         return None
+    if not layout.gathers(device):
+        return Sharding(_bucket_numel(layout), _reduction_bytes(layout, device), threshold=sizes.student + 1)
     whole = layout.weight_bytes * (sizes.student - sizes.below(_threshold(layout)))
     if _gather_window(layout, sizes, device) < whole:
         return None
@@ -219,8 +221,6 @@ def _traffic_parts(layout: Layout, sizes: Sizes, device: Device) -> dict[str, in
 
 def _reduction_bytes(layout: Layout, device: Device) -> int:
     """Per element: the bucket's partitions in order, and on a CPU the copy that gloo makes of them."""
-    if layout.world == 1:
-        return 0
     return (FP32 if layout.communicates_fp32 else 2) * (2 if device == "cpu" else 1)
 
 
@@ -228,19 +228,16 @@ def _bucket_numel(layout: Layout) -> int:
     return int(layout.zero.get("reduce_bucket_size", 5e8))
 
 
-def _step_parts(layout: Layout, sizes: Sizes, device: Device) -> dict[str, int]:
+def _step_parts(layout: Layout, sizes: Sizes) -> dict[str, int]:
     """What is there in addition while the optimizer runs."""
     stage, share = layout.zero_stage, _share(sizes.student, layout.world)
     parts: dict[str, int] = {}
-    updated = share
     if layout.offloads_optimizer:
-        # On the host, which on a CPU is the device.
-        return {STEP_COPIES: 2 * FP32 * share} if device == "cpu" else {}
+        return {}
     if stage == 0:
         parts[ACCUMULATED] = layout.weight_bytes * sizes.student
         # In float32 they are flattened to be averaged, and that copy is gone when the optimizer runs.
         parts[STEP_COPIES] = FP32 * (sizes.student if layout.bf16 else min(sizes.student, ALLREDUCE_BUCKET))
-        updated = sizes.largest if layout.bf16 else 0
     elif stage == 3:
         updated = min(share, max(int(layout.zero.get("sub_group_size", 1e9)), sizes.largest))
         parts[STEP_COPIES] = FP32 * updated
@@ -249,9 +246,6 @@ def _step_parts(layout: Layout, sizes: Sizes, device: Device) -> dict[str, int]:
     else:
         parts[ACCUMULATED] = _accumulator_bytes(layout) * share
         parts[STEP_COPIES] = FP32 * share
-    if device == "cpu":
-        # The unfused AdamW writes out the denominator, and what it is made from.
-        parts[STEP_COPIES] = parts.get(STEP_COPIES, 0) + 2 * FP32 * updated
     return parts
 
 

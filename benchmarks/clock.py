@@ -29,8 +29,10 @@ WAITING = {
     torch.ops.aten.equal.default,
     torch.ops.aten.masked_select.default,
     torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.lift_fresh.default,
 }
-"""Operations whose answer a host needs before it goes on."""
+"""Operations whose answer a host needs before it goes on, and the one by which numbers of Python's become a
+tensor: on its way to a device it waits for what was asked of that device before."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def peak_bytes(work: Work, device: str) -> int:
 
 
 class _Reads(TorchDispatchMode):
-    """Counts where a number of a tensor is asked for: where a host would wait for its device."""
+    """Counts where a host would wait for its device: see ``WAITING``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +182,7 @@ def _caller() -> str:
 
 def waits(work: Work, device: str) -> list[str]:
     """Where the host waits for the device while ``work`` runs, ``file:line`` once for each time: by PyTorch's
-    own warnings on a GPU; on a CPU where it would, which is where a number of a tensor is read."""
+    own warnings on a GPU; on a CPU where it would (``WAITING``)."""
     if device != "cuda":
         with _Reads() as reads:
             work()

@@ -1,7 +1,7 @@
 """How fast, how well, and waiting for what? Figures of a run between two log lines.
 
-Losses are summed on the device, so that no step waits for a number; one sync per log line. Who shows them is
-``run/report.py``.
+Losses, and whether steps were applied, are gathered on the device, so that no step waits for a number; they
+are read for a log line or a checkpoint. Who shows them is ``run/report.py``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,29 @@ from fd_scale.engine.zero import StepOutcome
 from fd_scale.run.world import World
 
 
+@dataclass(frozen=True)
+class Row:
+    """Steps in a row that changed nothing: how many, and the number of the last one."""
+
+    length: int = 0
+    last: int = -1
+
+
 @dataclass
 class Meter:
-    """Sums on the device between two log lines, so that no step waits for a number."""
+    """What is gathered between two log lines."""
 
     global_batch: int
     steps: int = 0
     skipped: int = 0
+    row: Row = Row()
+    """Of skipped steps, up to the last step that was read; none where that one was applied."""
     wait_s: float = 0.0
     stall_s: float = 0.0
     since: float = field(default_factory=time.perf_counter)
     losses: list[Tensor] = field(default_factory=list)
+    outcomes: list[StepOutcome] = field(default_factory=list)
+    """Of steps that were not read so far."""
     outcome: StepOutcome | None = None
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -57,12 +69,26 @@ class Meter:
     def end_step(self, outcome: StepOutcome) -> None:
         """Note the end of an optimizer step."""
         self.steps += 1
-        self.skipped += not outcome.applied
+        self.outcomes.append(outcome)
         self.outcome = outcome
 
+    def settle(self) -> Row:
+        """Read which steps were applied since this was asked last; the longest row of skipped ones that has
+        grown since. Waits for the device; the same on every rank."""
+        longest = Row()
+        if self.outcomes:
+            applied = torch.stack([outcome.applied for outcome in self.outcomes]).tolist()
+            for outcome, good in zip(self.outcomes, applied, strict=True):
+                self.row = Row() if good else Row(self.row.length + 1, outcome.step)
+                longest = max(longest, self.row, key=lambda row: row.length)
+                self.skipped += not good
+        self.outcomes = []
+        return longest
+
     def read(self, world: World) -> dict[str, float]:
-        """Global figures since the last reading, units in the names; starts anew. Collective, and the one
-        sync."""
+        """Global figures since the last reading, units in the names; starts anew. Collective, and waits for
+        the device."""
+        self.settle()
         loss = float(world.mean(torch.stack(self.losses).mean()))
         elapsed = time.perf_counter() - self.since
         figures = {

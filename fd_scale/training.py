@@ -26,7 +26,7 @@ from fd_scale.engine import checkpoint, saving
 from fd_scale.engine.adamw import MakeOptimizer
 from fd_scale.engine.zero import Engine, StepOutcome
 from fd_scale.errors import RunError, UserError
-from fd_scale.meter import Meter
+from fd_scale.meter import Meter, Row
 from fd_scale.run.folder import RunFolder, environment
 from fd_scale.run.lease import Lease
 from fd_scale.run.recipe import RunRecipe
@@ -221,21 +221,23 @@ class Run:
         loader: TrainLoader,
         saver: saving.Saver,
     ) -> None:
-        """What happens between two optimizer steps: a new seed, a log line, a checkpoint, a look at skipped
-        steps."""
+        """What happens between two optimizer steps: a new seed, a log line, a checkpoint, and where one of
+        those waits for the device, a look at skipped steps."""
         step, habits = self.engine.step_number, self.recipe.run
         seed_step(self.recipe.seed, step, self.world.rank)
         meter.end_step(outcome)
-        if self.engine.skipped_in_a_row >= habits.max_nonfinite_steps:
-            raise RunError(self.explain_nonfinite(step - 1))
+        logs = step % habits.log_every_steps == 0 or step == self.recipe.steps
+        saves = step % habits.save_every_steps == 0 and step < self.recipe.steps
+        if logs or saves:
+            self.check_skipped(meter.settle())
         found = self.task.figures(self, step)
-        if step % habits.log_every_steps == 0 or step == self.recipe.steps:
+        if logs:
             bad = loader.settle(self.world.gather).bad
             reporter.log(step, meter.read(self.world) | {"bad_samples": float(bad)} | found)
             self.world.together(saver.check)
         elif found:
             reporter.log(step, found)
-        if step % habits.save_every_steps == 0 and step < self.recipe.steps:
+        if saves:
             loader.settle(self.world.gather)
             with meter.stalled():
                 saver.save(self.engine, self.facts)
@@ -339,12 +341,18 @@ class Run:
         if self.world.is_main:
             self.lease.give_back()
 
+    def check_skipped(self, row: Row) -> None:
+        """Raise ``RunError`` where so many steps in a row changed nothing that the run is to end; then
+        collective."""
+        if row.length >= self.recipe.run.max_nonfinite_steps:
+            raise RunError(self.explain_nonfinite(row))
+
     @torch.no_grad()
-    def explain_nonfinite(self, step: int) -> str:
-        """Which network and which samples made step ``step`` not finite, found by running it once more.
-        Collective."""
+    def explain_nonfinite(self, row: Row) -> str:
+        """Which network and which samples made the last step of a row not finite, found by running it once
+        more. Collective."""
         culprits: dict[str, list[str]] = {}
-        for batch in self.loader(step, step + 1):
+        for batch in self.loader(row.last, row.last + 1):
             for name, values in self.task.maps(self.engine, batch).items():
                 bad = ~torch.isfinite(values.flatten(1)).all(1)
                 culprits.setdefault(name, []).extend(
@@ -354,9 +362,9 @@ class Run:
         found = [f"{name} on {', '.join(keys[:8])}" for name, keys in everywhere if keys]
         seen = "; ".join(found) or "only the gradient, all features are finite"
         return (
-            f"loss or gradient was not finite for {self.recipe.run.max_nonfinite_steps} steps in a row, the "
-            f"last one step {step}; not finite there: {seen}. Lower optim.lr, look at these samples, or try "
-            "another precision; the last checkpoint is intact"
+            f"loss or gradient was not finite for {row.length} steps in a row, the last one step {row.last}; "
+            f"not finite there: {seen}. Lower optim.lr, look at these samples, or try another precision; the "
+            "last checkpoint is intact"
         )
 
 

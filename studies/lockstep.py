@@ -64,8 +64,7 @@ class Learner:
         groups = self.groups or parameter_groups(
             self.module, weight_decay=optim.weight_decay, decay_position=optim.decay_position
         )
-        device = next(self.module.parameters()).device
-        self.optimizer = adamw(groups, optim, device, clip_here=True)
+        self.optimizer = adamw(groups, optim, clip_here=True)
         self.module.train()
 
     def step(self, shared: Any, number: int) -> Tensor:

@@ -1,4 +1,10 @@
-"""AdamW as the engine wants it: fused on a GPU, and able to clip and to skip where DeepSpeed does neither."""
+"""AdamW as the engine wants it: it clips where DeepSpeed does not, and a step that is to change nothing is
+decided on the device, so that the host need not wait to learn it.
+
+The decision is a tensor that PyTorch's fused AdamW reads where it computes: parameters, moments and step
+counts stay as they are, bit for bit. Who says what the norm is, where the parameters are sharded, is
+``ahead.py``'s business.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from fd_scale.engine.norm import clip_by_norm, global_norm, is_finite
 from fd_scale.run.recipe import Optim
 
 
@@ -14,34 +22,35 @@ class MakeOptimizer(Protocol):
     """Builds an optimizer over parameter groups, which begins at learning rate 0."""
 
     def __call__(
-        self, groups: list[dict[str, Any]], spec: Optim, device: torch.device, *, clip_here: bool
+        self, groups: list[dict[str, Any]], spec: Optim, *, clip_here: bool
     ) -> torch.optim.Optimizer:
-        """``clip_here``: the parameters are whole and float32, and DeepSpeed leaves clipping to it."""
+        """``clip_here``: it steps on whole float32 parameters, and DeepSpeed leaves clipping to it."""
 
 
-def adamw(
-    groups: list[dict[str, Any]], spec: Optim, device: torch.device, *, clip_here: bool
-) -> torch.optim.AdamW:
+def adamw(groups: list[dict[str, Any]], spec: Optim, *, clip_here: bool) -> GuardedAdamW:
     """AdamW over parameter groups that carry their own ``weight_decay``.
 
     The learning rate starts at 0, since DeepSpeed's replicated bf16 optimizer takes one step on zero
     gradients while it is being built, which would decay the weights; the engine sets it for every step.
-    ``clip_here`` is for ZeRO stage 0 in float32, which is plain PyTorch to DeepSpeed.
+    ``clip_here`` is for ZeRO stage 0, where DeepSpeed would clip after it has read the norm, or not at all.
 
-    Which of PyTorch's implementations runs is said here and not left to it: the fused kernel on a GPU, which
-    reads no number of the device, and one tensor after the other elsewhere. Others (foreach, and the
-    FusedAdam of DeepSpeed and of apex) are timed by ``benchmarks/step.py --parts``.
+    Which of PyTorch's implementations runs is said here and not left to it: the fused one, on a GPU and on a
+    CPU. It alone can leave a step out without a number being read, neither of the gradient nor of its step
+    count. Others (foreach, and the FusedAdam of DeepSpeed and of apex) are timed by ``benchmarks/step.py
+    --parts``.
     """
     options: dict[str, Any] = {
         "lr": 0.0,
         "betas": spec.betas,
         "eps": spec.eps,
-        "fused": device.type == "cuda",
+        "fused": True,
         "foreach": False,
     }
-    if clip_here:
-        return ClippingAdamW(groups, clip_norm=spec.clip_norm, **options)
-    return torch.optim.AdamW(groups, **options)
+    return (
+        ClippingAdamW(groups, clip_norm=spec.clip_norm, **options)
+        if clip_here
+        else GuardedAdamW(groups, **options)
+    )
 
 
 def reset_steps(optimizer: torch.optim.Optimizer) -> None:
@@ -50,36 +59,42 @@ def reset_steps(optimizer: torch.optim.Optimizer) -> None:
         state["step"].zero_()
 
 
-class ClippingAdamW(torch.optim.AdamW):
-    """AdamW that clips by global norm and leaves everything untouched when the norm is not finite.
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW that changes nothing where the norm of the whole gradient is not finite.
 
-    It speaks the two words that DeepSpeed reads off an optimizer: ``overflow`` (the step was skipped) and
-    ``_global_grad_norm`` (before clipping).
+    ``norm`` is asked for it in every step; without one every step counts.
+    """
+
+    norm: Callable[[], Tensor] | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step on gradients that are already averaged over ranks; ``closure`` is not used."""
+        if self.norm is not None:
+            # What the fused step asks for, 1 or 0, where gradients are scaled against underflow.
+            self.found_inf = (~is_finite(self.norm())).float()
+        super().step()
+
+
+class ClippingAdamW(GuardedAdamW):
+    """The same for whole parameters, which clips by their gradients' global norm.
+
+    That norm, before clipping, is ``_global_grad_norm``, the name under which DeepSpeed looks for it.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float | None, **options: Any) -> None:
         super().__init__(groups, **options)
         self.clip_norm = clip_norm
-        self.overflow = False
-        self._global_grad_norm: torch.Tensor | None = None
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step on gradients that are already averaged over ranks; ``closure`` is not used."""
-        if clipped_or_skipped(self):
-            super().step()
+        self._global_grad_norm: Tensor | None = None
+        self.norm = lambda: clip(self)
 
 
-def clipped_or_skipped(optimizer: Any) -> bool:
-    """Clip an optimizer's gradients by their global norm to its ``clip_norm``, or find the norm not finite.
-
-    Sets the two words that DeepSpeed reads off an optimizer. False where the step is to be skipped.
-    """
+def clip(optimizer: Any) -> Tensor:
+    """Clip an optimizer's gradients by their global norm to its ``clip_norm``, if it has one; the norm before
+    that, kept where DeepSpeed looks for it."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = global_norm(gradients)
+    if optimizer.clip_norm is not None:
+        clip_by_norm(gradients, optimizer.clip_norm, norm)
     optimizer._global_grad_norm = norm
-    optimizer.overflow = not bool(torch.isfinite(norm))
-    if not optimizer.overflow and optimizer.clip_norm is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grads_with_norm_(parameters, optimizer.clip_norm, norm)
-    return not optimizer.overflow
+    return norm

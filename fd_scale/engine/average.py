@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fd_scale.engine import fragments as where
 from fd_scale.engine.fragments import Fragment
@@ -28,13 +29,15 @@ class Average:
         """This rank's fragments, flat float32, by parameter."""
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Follow one step."""
+    def update(self, applied: Tensor) -> None:
+        """Follow one step, unless it was not ``applied``: a bool that may be known on the device alone."""
         weights = [f.of(f.buffer) for f in self._fragments]
+        share = (1 - self.decay) * applied
         if weights:
-            torch._foreach_lerp_([self.values[f.name] for f in self._fragments], weights, 1 - self.decay)
+            kept = [self.values[f.name] for f in self._fragments]
+            torch._foreach_lerp_(kept, weights, [share.to(weights[0].device)] * len(weights))
 
-    def fragments(self) -> list[tuple[Fragment, torch.Tensor]]:
+    def fragments(self) -> list[tuple[Fragment, Tensor]]:
         """Every fragment with its average."""
         return [(fragment, self.values[fragment.name]) for fragment in self._fragments]
 

@@ -2,7 +2,8 @@
 
 ZeRO flattens parameters into buffers and gives each rank a part. A ``Fragment`` says which elements of which
 parameter lie in which buffer of this rank; checkpoints, export and averages read and write through it and
-know no stage. This is the one file that looks into DeepSpeed's optimizers; it was written against 0.19.8.
+know no stage. With ``ahead.py`` it is all that looks into DeepSpeed's optimizers; it was written against
+0.19.8.
 """
 
 from __future__ import annotations
@@ -117,16 +118,11 @@ def create_moments(engine: Any, steps_taken: int) -> None:
     for fragment in fragments(engine):
         buffer = fragment.buffer
         inner.state[buffer] = {
-            "step": torch.tensor(float(steps_taken), device=_step_device(inner, buffer)),
+            "step": torch.tensor(float(steps_taken), device=buffer.device),
             **{key: torch.zeros_like(buffer, memory_format=torch.preserve_format) for key in moments(engine)},
         }
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _step_device(inner: torch.optim.Optimizer, buffer: Tensor) -> torch.device:
-    fused = any(group.get("fused") for group in inner.param_groups)
-    return buffer.device if fused else torch.device("cpu")
 
 
 def steps_taken(engine: Any) -> int:

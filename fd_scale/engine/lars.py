@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fd_scale.engine.adamw import clipped_or_skipped
+from fd_scale.engine.adamw import clip
+from fd_scale.engine.norm import is_finite
 from fd_scale.run.recipe import Optim
 
 MOMENTUM = 0.9
@@ -19,13 +21,13 @@ TRUST = 0.001
 """Trust coefficient (MAE's and FD's protocol)."""
 
 
-def lars(groups: list[dict[str, Any]], spec: Optim, device: torch.device, *, clip_here: bool) -> Lars:
-    """LARS over parameter groups, for whole parameters (ZeRO stage 0, float32); clips only where asked.
+def lars(groups: list[dict[str, Any]], spec: Optim, *, clip_here: bool) -> Lars:
+    """LARS over parameter groups, for whole parameters (ZeRO stage 0); clips only where asked.
 
     Raises ``ValueError`` where the engine shards: the ratio is of a whole matrix.
     """
     if not clip_here:
-        raise ValueError("LARS needs whole float32 parameters: ZeRO stage 0 without bf16")
+        raise ValueError("LARS needs whole parameters: ZeRO stage 0")
     return Lars(groups, clip_norm=spec.clip_norm)
 
 
@@ -33,7 +35,7 @@ class Lars(torch.optim.Optimizer):
     """Momentum on gradients that a trust ratio has scaled, ``TRUST`` x norm of the weights / norm of the
     update; 1 where either norm is 0 and for vectors.
 
-    It skips a step whose gradient is not finite, and says so to DeepSpeed (``adamw.clipped_or_skipped``).
+    A gradient that is not finite changes nothing, as in ``adamw``, and no number is read to learn it.
     """
 
     moments = ("momentum_buffer",)
@@ -44,20 +46,18 @@ class Lars(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0})
         self.clip_norm = clip_norm
-        self.overflow = False
-        self._global_grad_norm: torch.Tensor | None = None
+        self._global_grad_norm: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step on gradients that are already averaged over ranks; ``closure`` is not used."""
-        if not clipped_or_skipped(self):
-            return
+        applied = is_finite(clip(self))
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group, applied)
 
-    def _update(self, parameter: torch.Tensor, update: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, update: Tensor, group: dict[str, Any], applied: Tensor) -> None:
         if parameter.ndim > 1:
             update = update.add(parameter, alpha=group["weight_decay"])
             weight, change = parameter.norm(), update.norm()
@@ -65,8 +65,9 @@ class Lars(torch.optim.Optimizer):
             update = update * ratio
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=parameter.device)
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-        parameter.sub_(group["lr"] * state["momentum_buffer"])
+        state["step"] += applied
+        momentum = state["momentum_buffer"] * group["momentum"] + update
+        state["momentum_buffer"].copy_(torch.where(applied, momentum, state["momentum_buffer"]))
+        parameter.copy_(torch.where(applied, parameter - group["lr"] * momentum, parameter))

@@ -8,7 +8,6 @@ latter.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,23 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from fd_scale.engine.adamw import MakeOptimizer, adamw, reset_steps
+from fd_scale.engine.ahead import keep_ahead
 from fd_scale.engine.average import Average
+from fd_scale.engine.norm import is_finite
 from fd_scale.engine.optim import parameter_groups
 from fd_scale.engine.schedule import learning_rate
 from fd_scale.run.recipe import RunRecipe
 from fd_scale.run.scale import FIXED, MICRO_BATCH, Resolved
 from fd_scale.run.world import World
 
+log = logging.getLogger("fd_scale")
+
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one optimizer step came to."""
+    """What one optimizer step came to; its tensors are scalars on the device, and to read one is to wait."""
 
+    step: int
+    """Its number, from 0."""
     lr: float
     """The learning rate that it had."""
-    grad_norm: float | Tensor
+    grad_norm: Tensor
     """Global L2 norm of the gradient before clipping; nan when the step was skipped."""
-    applied: bool
+    applied: Tensor
     """False when a gradient was not finite and nothing was changed."""
 
 
@@ -60,18 +65,20 @@ class Engine:
     ) -> None:
         self.recipe = recipe
         self.step_number = start_step
-        self.skipped_in_a_row = 0
+        self._device = world.device
         groups = groups or parameter_groups(
             module, weight_decay=recipe.optim.weight_decay, decay_position=recipe.optim.decay_position
         )
         self.group_facts = [(group["name"], len(group["params"]), group["weight_decay"]) for group in groups]
-        plain = resolved.zero_stage == 0 and not resolved.bf16
-        optimizer = make_optimizer(groups, recipe.optim, world.device, clip_here=plain)
+        whole = resolved.zero_stage == 0
+        optimizer = make_optimizer(groups, recipe.optim, clip_here=whole)
         config = dict(resolved.ds_config)
-        if plain:
+        if whole:
             config["gradient_clipping"] = 0.0
         self.deepspeed = _initialize(module, optimizer, config, world)
         reset_steps(optimizer)
+        if (slower := keep_ahead(self.deepspeed)) and world.is_main:
+            log.warning("%s", slower)
         self.average = None if average_decay is None else Average(self.deepspeed, average_decay)
         self._set_learning_rate()
 
@@ -105,19 +112,19 @@ class Engine:
 
         ``loss`` is the mean over this rank's micro-batch. Returns None between optimizer steps. A gradient
         that is not finite on any rank leaves weights and moments untouched on all of them, and the step
-        counts as skipped.
+        counts as skipped. Nothing here waits for the device (``ahead.py`` says where it cannot be helped).
         """
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.backward(loss)
         self.deepspeed.step()
         if not boundary:
             return None
-        applied = bool(self.deepspeed.was_step_applied())
-        norm = self.deepspeed.get_global_grad_norm()
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-        if applied and self.average is not None:
-            self.average.update()
-        outcome = StepOutcome(lr=self.lr, grad_norm=norm if applied else math.nan, applied=applied)
+        # A Python number where DeepSpeed found on the host that the gradient was not finite.
+        norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self._device)
+        applied = is_finite(norm)
+        if self.average is not None:
+            self.average.update(applied)
+        outcome = StepOutcome(self.step_number, self.lr, norm.masked_fill(~applied, torch.nan), applied)
         self.move_to(self.step_number + 1)
         return outcome
 

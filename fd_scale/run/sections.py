@@ -237,7 +237,8 @@ class Habits(Section):
     """A rank that has not finished a micro-batch for so long hangs: stacks of all ranks are written, and the
     start ends. More than the longest first step and the longest save; ``null`` for no watch."""
     max_nonfinite_steps: PositiveInt = 10
-    """Steps in a row with a loss or gradient that is not finite before the run stops."""
+    """Steps in a row with a loss or gradient that is not finite, which change nothing, before the run stops:
+    at its next log line or checkpoint, for no step in between waits to learn of it."""
     probe: str | None = None
     """A folder of labelled shards, a few thousand images, on which kNN, variance explained, rank and drift
     are measured during the run; ``null`` for none."""

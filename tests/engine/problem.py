@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import models
 from fd_scale.engine import checkpoint, saving
-from fd_scale.engine.fragments import fragments, steps_taken
+from fd_scale.engine.fragments import ADAM, fragments, inner_optimizer, steps_taken
 from fd_scale.engine.zero import Engine
+from fd_scale.meter import Meter
 from fd_scale.objective import whitened_smooth_l1
 from fd_scale.run import recipe as recipes
 from fd_scale.run import scale
@@ -121,7 +122,12 @@ def make_engine(world: World, setting: Setting, folder: str) -> tuple[Engine, sc
 
 
 def advance(
-    engine: Engine, resolved: scale.Resolved, world: World, stop: int, poison: int | None = None
+    engine: Engine,
+    resolved: scale.Resolved,
+    world: World,
+    stop: int,
+    poison: int | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, Any]:
     """Step the engine up to ``stop``; global losses, norms and applied flags per step."""
     history: dict[str, Any] = {"loss": [], "norm": [], "applied": []}
@@ -140,9 +146,12 @@ def advance(
             losses.append(loss.detach())
             outcome = engine.step(loss)
         assert outcome is not None
+        if meter is not None:
+            meter.add(losses[-1])
+            meter.end_step(outcome)
         history["loss"].append(float(world.mean(torch.stack(losses).mean())))
         history["norm"].append(float(outcome.grad_norm))
-        history["applied"].append(outcome.applied)
+        history["applied"].append(bool(outcome.applied))
     return history
 
 
@@ -222,24 +231,41 @@ def resume_many(world: World, pairs: list[tuple[Setting, str]], folder: str) -> 
 
 
 def poisoned(world: World, settings: list[Setting], folder: str) -> dict[str, Any]:
-    """A NaN in the teacher at step 2, on the first rank's part of the batch; weights before and after that
-    step."""
+    """A NaN in the teacher at step 2, on the first rank's part of the batch; all that this rank holds before
+    and after that step, and what a meter says of all steps."""
     results = {}
     for setting in settings:
         engine, resolved = make_engine(world, setting, folder)
-        advance(engine, resolved, world, 2)
-        before = {f.name: f.of(f.buffer).clone() for f in fragments(engine.deepspeed)}
-        skipped = advance(engine, resolved, world, 3, poison=2)
-        after = {f.name: f.of(f.buffer).clone() for f in fragments(engine.deepspeed)}
-        later = advance(engine, resolved, world, 6)
+        meter = Meter(GLOBAL_BATCH)
+        advance(engine, resolved, world, 2, meter=meter)
+        before = held(engine)
+        skipped = advance(engine, resolved, world, 3, poison=2, meter=meter)
+        after = held(engine)
+        later = advance(engine, resolved, world, 6, meter=meter)
         results[setting.label()] = {
             "applied": skipped["applied"] + later["applied"],
-            "untouched": all(torch.equal(before[name], after[name]) for name in before),
+            "held": len(before),
+            "untouched": all(torch.equal(before[name], after[name]) for name in before | after),
+            "reported": meter.read(world)["skipped_steps"],
             "loss": later["loss"],
             "adam_steps": steps_taken(engine.deepspeed),
         }
         engine.deepspeed.destroy()
     return results
+
+
+def held(engine: Engine) -> dict[str, Tensor]:
+    """Copies of this rank's part of weights, moments, step counts, and of the module's parameters."""
+    state = inner_optimizer(engine.deepspeed).state
+    found = {}
+    for fragment in fragments(engine.deepspeed):
+        found[f"master/{fragment.name}"] = fragment.of(fragment.buffer).clone()
+        found[f"step/{fragment.name}"] = state[fragment.buffer]["step"].clone()
+        for key in ADAM:
+            found[f"{key}/{fragment.name}"] = fragment.of(state[fragment.buffer][key]).clone()
+    for name, parameter in engine.module.named_parameters():
+        found[f"parameter/{name}"] = getattr(parameter, "ds_tensor", parameter).detach().clone()
+    return found
 
 
 def several(world: World, calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:

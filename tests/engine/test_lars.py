@@ -3,7 +3,7 @@
 import pytest
 import torch
 from timm.optim import Lars as TimmLars
-from torch import Tensor, nn
+from torch import nn
 
 from fd_scale.engine.lars import Lars, lars
 from fd_scale.run.recipe import Optim
@@ -57,18 +57,27 @@ def test_nothing_to_compare_gives_a_ratio_of_one():
     assert parameter.tolist() == [[-0.5, -0.5], [-0.5, -0.5]]
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_said():
+@pytest.mark.parametrize("first", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing(first: bool):
     weight, bias = problem()
-    before: Tensor = weight.detach().clone()
-    optimizer = Lars([{"params": [weight, bias], "weight_decay": 0.0, "lr": 1.0}])
+    optimizer = Lars([{"params": [weight, bias], "weight_decay": 0.0, "lr": 1.0}], clip_norm=1.0)
+    if not first:
+        set_gradients(weight, bias)
+        optimizer.step()
+    before = [p.detach().clone() for p in (weight, bias)]
+    momentum = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
     set_gradients(weight, bias)
     weight.grad[0, 0] = torch.nan
     optimizer.step()
-    assert optimizer.overflow
-    assert torch.equal(weight.data, before)
-    assert not optimizer.state
+    assert torch.isnan(optimizer._global_grad_norm)
+    for index, parameter in enumerate((weight, bias)):
+        assert torch.equal(parameter.data, before[index])
+        state = optimizer.state[parameter]
+        assert float(state["step"]) == (0 if first else 1)
+        kept = torch.zeros_like(parameter) if first else momentum[index]
+        assert torch.equal(state["momentum_buffer"], kept)
 
 
 def test_sharded_parameters_are_refused():
-    with pytest.raises(ValueError, match="ZeRO stage 0 without bf16"):
-        lars([], Optim(), torch.device("cpu"), clip_here=False)
+    with pytest.raises(ValueError, match="whole parameters: ZeRO stage 0"):
+        lars([], Optim(), clip_here=False)

@@ -70,6 +70,8 @@ class Engine:
             module, weight_decay=recipe.optim.weight_decay, decay_position=recipe.optim.decay_position
         )
         self.group_facts = [(group["name"], len(group["params"]), group["weight_decay"]) for group in groups]
+        if resolved.bf16:
+            _round_constants(module)
         whole = resolved.zero_stage == 0
         optimizer = make_optimizer(groups, recipe.optim, clip_here=whole)
         config = dict(resolved.ds_config)
@@ -159,6 +161,19 @@ def shard_frozen(module: nn.Module, world: World, *, bf16: bool) -> nn.Module:
         },
     }
     return _initialize(module, None, config, world)
+
+
+def _round_constants(module: nn.Module) -> None:
+    """Bring what a network computes with beside its parameters (Swin V2's offsets, rotary tables) to bf16.
+
+    DeepSpeed casts parameters alone, and a product of the two has no dtype. Buffers that are saved are
+    statistics, of a batch norm say, and stay in float32.
+    """
+    for part in module.modules():
+        for name in part._non_persistent_buffers_set:
+            buffer = getattr(part, name)
+            if buffer is not None and buffer.is_floating_point():
+                setattr(part, name, buffer.bfloat16())
 
 
 def _initialize(

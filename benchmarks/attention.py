@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -129,16 +129,26 @@ def results(form: Attention, tensors: Sequence[Tensor | None], scale: float) -> 
     return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
-def measure(given: Sequence[Case], device: str, protocol: Protocol) -> dict[str, Any]:
-    """A row for each case and form."""
-    rows = [row for case in given for row in compare(case, device, protocol)]
-    return {
+def measure(
+    given: Sequence[Case],
+    device: str,
+    protocol: Protocol,
+    keep: Callable[[dict[str, Any]], object] = lambda found: None,
+) -> dict[str, Any]:
+    """A row for each case and form; ``keep`` is handed what there is after each case."""
+    found: dict[str, Any] = {
         "question": "attention of one layer, forward and backward, by form",
         "device": device,
         "dtype": str(DTYPE[device]),
         "protocol": asdict(protocol),
-        "results": rows,
+        "results": [],
+        "left_out": [],
     }
+    for case in clock.in_time(given, lambda case: f"{case.name}, bias {case.bias}", found["left_out"]):
+        found["results"] += compare(case, device, protocol)
+        keep(found)
+    keep(found)
+    return found
 
 
 def compare(case: Case, device: str, protocol: Protocol) -> list[dict[str, Any]]:
@@ -178,19 +188,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write unless it was only a look."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds; writes nothing")
+    clock.add_within(parser)
     asked = parser.parse_args(arguments)
+    clock.begin(asked.within)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     protocol = clock.SMOKE if asked.smoke else {"cuda": GPU, "cpu": CPU}[device]
-    found = measure(TINY if asked.smoke else cases(1 if device == "cuda" else 64), device, protocol)
+
+    def keep(found: dict[str, Any]) -> None:
+        if not asked.smoke:
+            record.write(f"attention-{device}", found | {"load_average": round(os.getloadavg()[0], 1)})
+
+    found = measure(TINY if asked.smoke else cases(1 if device == "cuda" else 64), device, protocol, keep)
     for row in found["results"]:
         said = row.get("left_out") or (
             f"{row['forward_and_backward_us']['median']:11.1f} us {row['extra_memory_mib']:9.1f} MiB, "
             f"error {row['error']:.1e}"
         )
         print(f"{row['name']:28} {row['num_tokens']:4} {row['bias']:7} {row['form']:20} {said}")
-    if not asked.smoke:
-        found["load_average"] = round(os.getloadavg()[0], 1)
-        print(record.write(f"attention-{device}", found).relative_to(record.RESULTS.parent.parent))
+    for line in clock.named(found["left_out"]):
+        print(line)
     return 0
 
 

@@ -7,13 +7,15 @@ make. Every figure is over several runs after a warm-up, in two passes, whose di
 
 from __future__ import annotations
 
+import argparse
+import math
 import statistics
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fd_scale.plan.ledger import Ledger
 
 Work = Callable[[], object]
+T = TypeVar("T")
 
 WAITING = {
     torch.ops.aten._local_scalar_dense.default,
@@ -44,9 +47,51 @@ class Protocol:
     passes: int = 2
 
 
+LEAST_RUNS = 3
+"""Runs of each pass in any case, after one to warm up, when the time is over."""
+
 FULL = Protocol()
 SMOKE = Protocol(warm_up=1, runs=3, passes=2)
 """For a look at whether a benchmark runs; its figures say nothing."""
+
+
+LEFT_OUT = "left out, the time was over: "
+_until = math.inf
+"""When this process is to have measured enough, by the monotonic clock."""
+
+
+def add_within(parser: argparse.ArgumentParser) -> None:
+    """The flag for ``begin``."""
+    parser.add_argument(
+        "--within",
+        type=float,
+        help="seconds after which there are fewer runs, and cases not begun are left out by name (no limit)",
+    )
+
+
+def begin(within_s: float | None) -> None:
+    """Let this process have so many seconds from now; None for as many as it takes."""
+    global _until
+    _until = math.inf if within_s is None else time.monotonic() + within_s
+
+
+def is_late() -> bool:
+    """Whether they are over."""
+    return time.monotonic() > _until
+
+
+def in_time(cases: Iterable[T], name: Callable[[T], str], left_out: list[str]) -> Iterator[T]:
+    """The cases that can be begun in time; the names of the others are added to ``left_out``."""
+    for case in cases:
+        if is_late():
+            left_out.append(name(case))
+        else:
+            yield case
+
+
+def named(left_out: Sequence[str]) -> list[str]:
+    """Cases that were left out, for a terminal."""
+    return [LEFT_OUT + name for name in left_out]
 
 
 def timed(work: Work, device: str, protocol: Protocol, *, calls: int = 1) -> dict[str, float]:
@@ -62,11 +107,13 @@ def interleaved(
     passes: dict[str, list[list[float]]] = {name: [] for name in works}
     for _ in range(protocol.passes):
         for work in works.values():
-            for _ in range(protocol.warm_up):
+            for _ in range(min(protocol.warm_up, 1) if is_late() else protocol.warm_up):
                 work()
         rows: dict[str, list[float]] = {name: [] for name in works}
         clocks = {name: Clock(device) for name in works}
-        for _ in range(protocol.runs):
+        for run in range(protocol.runs):
+            if run >= LEAST_RUNS and is_late():
+                break
             for name, work in works.items():
                 clocks[name].begin()
                 work()
@@ -78,7 +125,7 @@ def interleaved(
 
 
 def summary(passes: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Median and quintiles over all passes, and the spread of the passes' medians."""
+    """Median and quintiles over all passes, of how many runs, and the spread of the passes' medians."""
     every = [value for values in passes for value in values]
     fifths = statistics.quantiles(every, n=5, method="inclusive")
     medians = [statistics.median(values) for values in passes]
@@ -87,6 +134,7 @@ def summary(passes: Sequence[Sequence[float]]) -> dict[str, float]:
         "q20": round(fifths[0], 3),
         "q80": round(fifths[-1], 3),
         "spread_of_passes": round((max(medians) - min(medians)) / min(medians), 4),
+        "num_runs": len(every),
     }
 
 

@@ -41,6 +41,8 @@ from fd_scale.objective.losses import Normaliser
 from fd_scale.run import recipe as recipes
 from models.projector import Projector
 
+Keep = Callable[[dict[str, Any]], object]
+
 SETS_BYTES = {"cuda": 2**30, "cpu": 2**26}
 """Prediction and teacher of all sets of a case; more than any cache."""
 
@@ -123,22 +125,35 @@ def eager(prediction_BNC: Tensor, teacher_BNC: Tensor, case: Case) -> Tensor:
     return F.smooth_l1_loss(predicted_BNC, target_BNC, beta=2.0)
 
 
-def measure(device: str, protocol: Protocol, given: Sequence[Case], sets_bytes: int) -> dict[str, Any]:
-    """All cases and implementations as plain values for a results file."""
+def measure(
+    device: str, protocol: Protocol, given: Sequence[Case], sets_bytes: int, keep: Keep = lambda found: None
+) -> dict[str, Any]:
+    """All cases and implementations as plain values for a results file; ``keep`` is handed what there is
+    after each case."""
     copied = max(min(sets_bytes, COPY_BYTES[device]), 2**16)
     ceilings = [clock.copy_gb_per_s(device, protocol, copied)]
-    results = [row for case in given for row in compare(case, device, protocol, sets_bytes)]
-    ceilings.append(clock.copy_gb_per_s(device, protocol, copied))
-    for row in results:
-        row["share_of_copy"] = round(row["gb_per_s"] / max(ceilings), 4)
-    return {
+    found: dict[str, Any] = {
         "question": "whitened smooth L1, forward and backward: ours, compiled, eager",
         "device": device,
         "dtype": str(DTYPE[device]),
         "protocol": asdict(protocol) | {"features_bytes": sets_bytes},
-        "copy_gb_per_s": [round(ceiling, 1) for ceiling in ceilings],
-        "results": results,
+        "copy_gb_per_s": [],
+        "results": [],
+        "left_out": [],
     }
+
+    def so_far() -> None:
+        found["copy_gb_per_s"] = [round(ceiling, 1) for ceiling in ceilings]
+        for row in found["results"]:
+            row["share_of_copy"] = round(row["gb_per_s"] / max(ceilings), 4)
+        keep(found)
+
+    for case in clock.in_time(given, lambda case: case.name, found["left_out"]):
+        found["results"] += compare(case, device, protocol, sets_bytes)
+        so_far()
+    ceilings.append(clock.copy_gb_per_s(device, protocol, copied))
+    so_far()
+    return found
 
 
 def compare(case: Case, device: str, protocol: Protocol, sets_bytes: int) -> list[dict[str, Any]]:
@@ -243,15 +258,24 @@ def heads_cases(share: int) -> list[Heads]:
 TINY_HEADS = [Heads("tiny, 2 heads", (3, 5, 8), (16, 12), (4,))]
 
 
-def measure_chunked(device: str, protocol: Protocol, given: Sequence[Heads]) -> dict[str, Any]:
-    """Whole maps and pieces side by side: time, memory, and how far the gradients differ."""
-    return {
+def measure_chunked(
+    device: str, protocol: Protocol, given: Sequence[Heads], keep: Keep = lambda found: None
+) -> dict[str, Any]:
+    """Whole maps and pieces side by side: time, memory, and how far the gradients differ; ``keep`` as in
+    ``measure``."""
+    found: dict[str, Any] = {
         "question": "projectors and loss, forward and backward: whole maps, or some tokens at a time",
         "device": device,
         "dtype": str(DTYPE[device]),
         "protocol": asdict(protocol),
-        "results": [row for heads in given for row in compare_heads(heads, device, protocol)],
+        "results": [],
+        "left_out": [],
     }
+    for heads in clock.in_time(given, lambda heads: heads.name, found["left_out"]):
+        found["results"] += compare_heads(heads, device, protocol)
+        keep(found)
+    keep(found)
+    return found
 
 
 def compare_heads(heads: Heads, device: str, protocol: Protocol) -> list[dict[str, Any]]:
@@ -325,21 +349,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunked", action="store_true", help="the loss in pieces against whole maps")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds; writes nothing")
+    clock.add_within(parser)
     asked = parser.parse_args(arguments)
+    clock.begin(asked.within)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     protocol = clock.SMOKE if asked.smoke else {"cuda": clock.FULL, "cpu": CPU}[device]
     share = 1 if device == "cuda" else 64
+    name = f"loss{'_chunked' if asked.chunked else ''}-{device}"
+
+    def keep(found: dict[str, Any]) -> None:
+        if not asked.smoke:
+            record.write(name, found | {"load_average": round(os.getloadavg()[0], 1)})
+
     if asked.chunked:
-        found = measure_chunked(device, protocol, TINY_HEADS if asked.smoke else heads_cases(share))
+        found = measure_chunked(device, protocol, TINY_HEADS if asked.smoke else heads_cases(share), keep)
     elif asked.smoke:
-        found = measure(device, protocol, tiny_cases(device), 1)
+        found = measure(device, protocol, tiny_cases(device), 1, keep)
     else:
-        found = measure(device, protocol, cases(device, share), SETS_BYTES[device])
-    print(*lines(found), sep="\n")
-    if not asked.smoke:
-        found["load_average"] = round(os.getloadavg()[0], 1)
-        name = f"loss{'_chunked' if asked.chunked else ''}-{device}"
-        print(f"written to {record.write(name, found).relative_to(record.RESULTS.parent.parent)}")
+        found = measure(device, protocol, cases(device, share), SETS_BYTES[device], keep)
+    print(*lines(found), *clock.named(found["left_out"]), sep="\n")
     return 0
 
 

@@ -36,8 +36,9 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 import models
-from benchmarks import clock, record, step
+from benchmarks import clock, record
 from benchmarks.clock import Protocol
+from benchmarks.step_setup import CPU, CPU_MODELS, GPU, GPU_MODELS, SMOKE_MODELS, VARIANTS, Model, Setup
 from fd_scale.distill import load_teachers
 from fd_scale.pixels import IMAGENET_MEAN, IMAGENET_STD
 from fd_scale.run.world import World
@@ -51,14 +52,14 @@ CLIP_NORM = 3.0
 class Pair:
     """A pair of networks: ours by name and timm's of the same size."""
 
-    model: step.Model
+    model: Model
     architecture: str
     timm_name: str
 
 
-GPU_PAIR = Pair(step.GPU_MODELS[0], "vit_base_patch16", "vit_base_patch16_224")
-CPU_PAIR = Pair(step.CPU_MODELS[0], "vit_tiny_patch16", "vit_tiny_patch16_224")
-SMOKE_PAIR = Pair(step.SMOKE_MODELS[0], "vit_micro_patch8", "test_vit")
+GPU_PAIR = Pair(GPU_MODELS[0], "vit_base_patch16", "vit_base_patch16_224")
+CPU_PAIR = Pair(CPU_MODELS[0], "vit_tiny_patch16", "vit_tiny_patch16_224")
+SMOKE_PAIR = Pair(SMOKE_MODELS[0], "vit_micro_patch8", "test_vit")
 
 
 def written_out_attention(
@@ -172,7 +173,7 @@ def works(pair: Pair, world: World, folder: Path) -> dict[str, clock.Work]:
     device, on_gpu = world.device, world.device.type == "cuda"
     found: dict[str, clock.Work] = {}
     variants = ("compiled", "eager") if on_gpu else ("eager",)
-    setups = {name: step.Setup.of(pair.model, step.VARIANTS[name], world, folder) for name in variants}
+    setups = {name: Setup.of(pair.model, VARIANTS[name], world, folder) for name in variants}
     for name, setup in setups.items():
         found[f"ours, {name}"] = _ours(setup, None)
     eager = setups["eager"]
@@ -192,7 +193,7 @@ def works(pair: Pair, world: World, folder: Path) -> dict[str, clock.Work]:
     return found
 
 
-def _ours(setup: step.Setup, taught: list[Tensor] | None) -> clock.Work:
+def _ours(setup: Setup, taught: list[Tensor] | None) -> clock.Work:
     following = setup.in_turn()
     return lambda: setup.step(following(), taught)
 
@@ -236,9 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write unless it was only a look."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds; writes nothing")
+    clock.add_within(parser)
     asked = parser.parse_args(arguments)
+    clock.begin(asked.within)
     on_gpu = torch.cuda.is_available()
-    pair, protocol = (GPU_PAIR, step.GPU) if on_gpu else (CPU_PAIR, step.CPU)
+    pair, protocol = (GPU_PAIR, GPU) if on_gpu else (CPU_PAIR, CPU)
     if asked.smoke:
         pair, protocol = SMOKE_PAIR, clock.SMOKE
     found = measure(pair, protocol)

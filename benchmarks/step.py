@@ -23,191 +23,36 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import clock, record
-from benchmarks.clock import Clock, Protocol
-from benchmarks.plan_cases import OFF, SWIN_B, ZERO_1, Case
-from fd_scale.distill import load_teachers, seeded_student
-from fd_scale.engine.zero import Engine
-from fd_scale.objective import Objective
-from fd_scale.plan.trace import BACKWARD, FORWARD, TEACHER, Networks
-from fd_scale.run.recipe import Recipe
-from fd_scale.run.scale import Resolved
-from fd_scale.run.world import World
-from fd_scale.student import Student
-from fd_scale.teachers import Guest, targets
-from fd_scale.teachers.sharded import placed
-
-BATCHES = 4
-"""Batches in turn, so that no cache holds one."""
-
-GPU = Protocol(warm_up=3, runs=10, passes=2)
-CPU = Protocol(warm_up=1, runs=4, passes=2)
-MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}
-PARTS = ("transfer", "teacher", "forward", "loss", "backward", "optimizer")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A pair of teacher and student, and the micro-batch of its step."""
-
-    name: str
-    recipe: str
-    changes: dict[str, Any]
-    micro_batch: int
-    bf16: bool = True
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How the blocks are run."""
-
-    compile: bool = False
-    recompute: bool = False
-
-
-VARIANTS = {
-    "eager": Variant(),
-    "compiled": Variant(compile=True),
-    "recomputed": Variant(recompute=True),
-    "compiled, recomputed": Variant(compile=True, recompute=True),
-}
-GPU_MODELS = (
-    Model("vitb", "fd_clip_vitb16", OFF, 256),
-    Model("swinv2b", "fd_swinv2g", OFF | SWIN_B, 128),
-    Model("vitl", "fd_clip_vitl14", OFF, 128),
-    Model("swinv2g", "fd_swinv2g", OFF, 32),
+from benchmarks.alternatives import measure_optimizers, measure_teacher, measure_transfer
+from benchmarks.clock import Protocol
+from benchmarks.step_setup import (
+    BATCHES,
+    CPU,
+    CPU_MODELS,
+    GPU,
+    GPU_MODELS,
+    SMOKE_MODELS,
+    VARIANTS,
+    Clocks,
+    Model,
+    Setup,
+    case_of,
 )
-TINY = {
-    "student.architecture": "vit_tiny_patch16",
-    "teacher.library": "timm",
-    "teacher.architecture": "vit_tiny_patch16_224",
-}
-CPU_MODELS = (Model("vit_tiny", "fd_clip_vitb16", OFF | TINY, 4, bf16=False),)
-SMOKE_MODELS = (Model("demo", "demo", OFF, 2, bf16=False),)
+from fd_scale.plan.trace import BACKWARD, FORWARD, TEACHER, Networks
+from fd_scale.run.world import World
 
-
-def case_of(model: Model, variant: Variant) -> Case:
-    """Recipe and scale of a model in a variant: ZeRO-1 with float32 sums in bfloat16, stage 0 in float32."""
-    own = {"activation_checkpointing": variant.recompute, "compile": variant.compile}
-    zero = ZERO_1 if model.bf16 else {"stage": 0}
-    return Case(
-        model.name,
-        model.recipe,
-        model.changes,
-        model.micro_batch,
-        zero,
-        bf16=model.bf16,
-        more={"fd_scale": own},
-    )
-
-
-@dataclass
-class Setup:
-    """Everything of a step, ready to be taken."""
-
-    recipe: Recipe
-    engine: Engine
-    guests: list[Guest]
-    objective: Objective
-    student: Student
-    resolved: Resolved
-    batches: list[Tensor]
-    """uint8 (B, 3, S, S) on the host, pinned where there is a GPU."""
-    device: torch.device
-
-    @classmethod
-    def of(cls, model: Model, variant: Variant, world: World, folder: Path) -> Setup:
-        """The networks and the engine of a model as a run would have them."""
-        recipe, resolved = case_of(model, variant).build(folder, world.size)
-        dtype = torch.bfloat16 if model.bf16 else torch.float32
-        with world.device:  # random weights are drawn where it is fast
-            teachers = placed(load_teachers(recipe, world.device, dtype), resolved, world)
-            student = seeded_student(recipe, teachers, resolved)
-        side = student.input_size
-        pixels = [
-            torch.randint(0, 256, (model.micro_batch, 3, side, side), dtype=torch.uint8)
-            for _ in range(BATCHES)
-        ]
-        if world.device.type == "cuda":
-            pixels = [batch.pin_memory() for batch in pixels]
-        return cls(
-            recipe,
-            Engine(student, recipe, resolved, world),
-            [Guest(teacher, recipe.objective) for teacher in teachers],
-            Objective(recipe.objective),
-            student,
-            resolved,
-            pixels,
-            world.device,
-        )
-
-    def step(self, pixels: Tensor, taught: list[Tensor] | None = None, clocks: Clocks | None = None) -> None:
-        """One optimizer step, as ``Distillation.loss`` and ``Engine.step`` take it; ``taught``: targets that
-        are there already; ``clocks``: of the parts."""
-        part = clocks or Clocks(self.device.type)
-        with part("transfer"):
-            pixels = pixels.to(self.device, non_blocking=True)
-            valid = torch.ones(len(pixels), dtype=torch.bool, device=self.device)
-        with part("teacher"):
-            if taught is None:
-                taught = targets(self.guests, {pixels.shape[-1]: pixels})
-        with part("forward"):
-            predicted = self.engine(pixels)
-        with part("loss"):
-            loss = self.objective(predicted, taught, valid)
-            del predicted, taught
-        if clocks is None:
-            self.engine.step(loss)
-            return
-        with part("backward"):
-            self.engine.deepspeed.backward(loss)
-        with part("optimizer"):
-            self.engine.deepspeed.step()
-
-    def in_turn(self) -> Callable[[], Tensor]:
-        """The batches, one after the other, for ever."""
-        turns: Iterator[int] = iter(range(10**9))
-        return lambda: self.batches[next(turns) % len(self.batches)]
-
-    def targets(self) -> list[Tensor]:
-        """What the teachers say of the first batch."""
-        pixels = self.batches[0].to(self.device)
-        return targets(self.guests, {pixels.shape[-1]: pixels})
-
-
-class Clocks:
-    """A clock for each part of a step."""
-
-    def __init__(self, device: str) -> None:
-        self.of = {part: Clock(device) for part in PARTS}
-        self._now = ""
-
-    def __call__(self, part: str) -> Clocks:
-        self._now = part
-        return self
-
-    def __enter__(self) -> None:
-        self.of[self._now].begin()
-
-    def __exit__(self, *_: object) -> None:
-        self.of[self._now].end()
-
-    def medians(self) -> dict[str, float]:
-        """Microseconds by part."""
-        return {part: round(statistics.median(c.seconds()) * 1e6, 1) for part, c in self.of.items()}
+MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}
 
 
 def useful_flops(model: Model, folder: Path) -> dict[str, float]:
@@ -266,141 +111,6 @@ def measure(
     }
 
 
-# Alternatives.
-
-
-def optimizers(parameters: Sequence[Tensor], device: str) -> dict[str, Callable[[], Any] | str]:
-    """How AdamW could be computed over float32 copies of these parameters: makers, or why there is none."""
-
-    def torch_adamw(**how: bool) -> Callable[[], Any]:
-        return lambda: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05, **how)
-
-    found: dict[str, Callable[[], Any] | str] = {
-        "torch, fused": torch_adamw(fused=True),
-        "torch, foreach": torch_adamw(foreach=True),
-        "torch, one by one": torch_adamw(foreach=False, fused=False),
-    }
-    if device != "cuda":
-        return found | {"DeepSpeed FusedAdam": "needs a CUDA device", "apex FusedAdam": "needs a CUDA device"}
-    from deepspeed.ops.adam import FusedAdam
-
-    found["DeepSpeed FusedAdam"] = lambda: FusedAdam(parameters, lr=1e-4, weight_decay=0.05)
-    found["apex FusedAdam"] = "apex is not installed"
-    if importlib.util.find_spec("apex") is not None:
-        from apex.optimizers import FusedAdam as Apex
-
-        found["apex FusedAdam"] = lambda: Apex(parameters, lr=1e-4, weight_decay=0.05, adam_w_mode=True)
-    return found
-
-
-def measure_optimizers(setup: Setup, protocol: Protocol) -> list[dict[str, Any]]:
-    """A row for each AdamW; the floor is 28 bytes per parameter."""
-    device, rows = setup.device.type, []
-    shapes = [parameter.shape for parameter in setup.student.parameters()]
-    parameters = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    count = sum(parameter.numel() for parameter in parameters)
-    for name, make in optimizers(parameters, device).items():
-        if isinstance(make, str):
-            rows.append({"part": "optimizer", "name": name, "left_out": make})
-            continue
-        optimizer = make()
-        times = clock.timed(optimizer.step, device, protocol)
-        rows.append(
-            {
-                "part": "optimizer",
-                "name": name,
-                "us": times,
-                "num_parameters": count,
-                "gb_per_s": round(28 * count / times["median"] / 1e3, 2),
-            }
-        )
-    return rows
-
-
-def measure_teacher(setup: Setup, protocol: Protocol) -> list[dict[str, Any]]:
-    """A row for each way of running the teacher, with the relative L2 error of its whitened targets."""
-    device, guest = setup.device.type, setup.guests[0]
-    pixels = setup.batches[0].to(setup.device)
-    side = pixels.shape[-1]
-
-    def plain() -> list[Tensor]:
-        return [guest({side: pixels})]
-
-    def inference() -> list[Tensor]:
-        with torch.inference_mode():
-            return plain()
-
-    ways: dict[str, Callable[[], Any] | str] = {"no_grad": plain, "inference mode": inference}
-    graph, float8 = "CUDA graph", "float8 (torchao, per row)"
-    ways |= {graph: "needs a CUDA device", float8: "needs a CUDA device"}
-    exact = whitened(plain()[0])
-    outputs: dict[str, list[Tensor]] = {}
-    if device == "cuda":
-        ways[graph], outputs[graph] = clock.captured(plain, device)
-        ways[float8] = "torchao is not installed"
-    rows = [_teacher_row(name, way, outputs.get(name), exact, device, protocol) for name, way in ways.items()]
-    if device == "cuda" and importlib.util.find_spec("torchao") is not None:
-        from torchao import quantization
-
-        # Last, for it replaces the teacher's weights.
-        how = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
-        quantization.quantize_(guest.teacher.network, how)
-        rows[-1] = _teacher_row(float8, plain, None, exact, device, protocol)
-    return rows
-
-
-def measure_transfer(setup: Setup, protocol: Protocol) -> list[dict[str, Any]]:
-    """A row for each way of sending the images: on the stream of the step, which stands still meanwhile, or
-    on one of its own, beside the work that is under way."""
-    if setup.device.type != "cuda":
-        return [{"part": "transfer", "name": "own stream", "left_out": "needs a CUDA device"}]
-    pixels, own = setup.batches[0], torch.cuda.Stream()
-    side = pixels.shape[-1]
-    there = {side: pixels.to(setup.device)}
-
-    def same() -> None:
-        setup.guests[0](there)
-        pixels.to(setup.device, non_blocking=True)
-
-    def beside() -> None:
-        with torch.cuda.stream(own):
-            moved = pixels.to(setup.device, non_blocking=True)
-        setup.guests[0](there)
-        torch.cuda.current_stream().wait_stream(own)
-        moved.record_stream(torch.cuda.current_stream())
-
-    works: dict[str, clock.Work] = {
-        "none, the teacher alone": lambda: setup.guests[0](there),
-        "the step's stream": same,
-        "own stream": beside,
-    }
-    times = clock.interleaved(works, setup.device.type, protocol)
-    return [{"part": "transfer", "name": name, "us": found} for name, found in times.items()]
-
-
-def whitened(tokens_BMD: Tensor) -> Tensor:
-    """Targets as the loss makes them."""
-    return torch.nn.functional.layer_norm(tokens_BMD.float(), tokens_BMD.shape[-1:])
-
-
-def _teacher_row(
-    name: str,
-    way: Callable[[], Any] | str,
-    outputs: list[Tensor] | None,
-    exact: Tensor,
-    device: str,
-    protocol: Protocol,
-) -> dict[str, Any]:
-    if isinstance(way, str):
-        return {"part": "teacher", "name": name, "left_out": way}
-    times = clock.timed(way, device, protocol)
-    found = way() if outputs is None else outputs
-    error = (whitened(found[0]) - exact).norm() / exact.norm()
-    return {"part": "teacher", "name": name, "us": times, "target_error": round(error.item(), 6)}
-
-
 def lines(found: dict[str, Any]) -> Iterator[str]:
     for row in found["results"]:
         if "failed" in row:
@@ -414,6 +124,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     for row in found["parts"]:
         said = row["left_out"] if "left_out" in row else f"{row['us']['median']:11.1f} us"
         yield f"{row['part']:10} {row['name']:26} {said}"
+    yield from clock.named(found["left_out"])
 
 
 def run(
@@ -436,27 +147,34 @@ def run(
         "matmul_tflop_per_s": round(tflops, 3),
         "results": [],
         "parts": [],
+        "left_out": [],
     }
     with tempfile.TemporaryDirectory(prefix="fd-step-") as name:
         folder = Path(name)
-        for model in models:
-            for variant in variants:
-                try:
-                    row = measure(model, variant, world, folder, protocol, tflops)
-                except torch.cuda.OutOfMemoryError as error:
-                    row = {"model": model.name, "variant": variant, "failed": str(error).splitlines()[0]}
-                found["results"].append(row)
-                keep(found)
-                gc.collect()  # engines lie in reference cycles
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-        if alternatives:
-            setup = Setup.of(models[0], VARIANTS["eager"], world, folder)
-            found["parts"] += measure_transfer(setup, protocol)
-            found["parts"] += measure_optimizers(setup, protocol)
-            found["parts"] += measure_teacher(setup, protocol)
+        pairs = [(model, variant) for model in models for variant in variants]
+        for model, variant in clock.in_time(pairs, _label, found["left_out"]):
+            try:
+                row = measure(model, variant, world, folder, protocol, tflops)
+            except torch.cuda.OutOfMemoryError as error:
+                row = {"model": model.name, "variant": variant, "failed": str(error).splitlines()[0]}
+            found["results"].append(row)
             keep(found)
+            gc.collect()  # engines lie in reference cycles
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        if alternatives and clock.is_late():
+            found["left_out"].append("alternatives")
+        elif alternatives:
+            setup = Setup.of(models[0], VARIANTS["eager"], world, folder)
+            for measure_part in (measure_transfer, measure_optimizers, measure_teacher):
+                found["parts"] += measure_part(setup, protocol)
+                keep(found)
+    keep(found)
     return found
+
+
+def _label(pair: tuple[Model, str]) -> str:
+    return f"{pair[0].name}, {pair[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -468,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", action="append", choices=list(VARIANTS))
     parser.add_argument("--parts", action="store_true", help="alternatives for optimizer and teacher as well")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds; writes nothing")
+    clock.add_within(parser)
     asked = parser.parse_args(arguments)
+    clock.begin(asked.within)
     wanted = [model for model in models if asked.model is None or model.name in asked.model]
     default = list(VARIANTS) if device == "cuda" else ["eager", "recomputed"]
     protocol = {"cuda": GPU, "cpu": CPU}[device]

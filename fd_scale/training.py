@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -198,7 +199,7 @@ class Run:
         if self.engine.step_number == 0 and (found := self.task.figures(self, 0)):
             reporter.log(0, found)
         seed_step(self.recipe.seed, self.engine.step_number, self.world.rank)
-        received = 0
+        received, begin = 0, time.perf_counter()
         for batch in meter.waiting(iter(loader)):
             loss = self.task.loss(self.engine, batch)
             outcome = self.engine.step(loss)
@@ -206,6 +207,8 @@ class Run:
             watchdog.beat(f"step {self.engine.step_number}")
             if outcome is None:
                 continue
+            if self.resolved.compile and outcome.step == self.started_at:
+                log.info("compiled within the first step, of %.0f s", time.perf_counter() - begin)
             self.after_step(outcome, meter, reporter, loader, saver)
             received = stop.poll()
             if received:

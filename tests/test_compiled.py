@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +15,7 @@ from torch import nn
 import models
 from fd_scale.compiled import compile_blocks
 from fd_scale.errors import RecipeError
+from tests.test_distill import alone, data, losses, start, teacher, words  # noqa: F401
 
 
 def pixels(side: int) -> torch.Tensor:
@@ -42,3 +49,26 @@ def test_compiled_blocks_change_nothing_but_rounding() -> None:
 def test_a_network_without_blocks() -> None:
     with pytest.raises(RecipeError, match=r"Linear has no list of blocks to compile \(blocks, resblocks\)"):
         compile_blocks(nn.Linear(1, 1))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run_and_says_what_compiling_took(
+    alone: Callable[..., tuple[int, str]],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    found = []
+    for compiled in (False, True):
+        scale = tmp_path / f"{compiled}.json"
+        own = {"compile": compiled}
+        scale.write_text(json.dumps({"train_micro_batch_size_per_gpu": 16, "fd_scale": own}))
+        images: dict[str, Any] = {"schedule.images": 48, "schedule.warmup_images": 0}
+        status, output = alone(tmp_path / str(compiled), scale=scale, **images)
+        assert status == 0, output
+        said = re.findall(r"compiled within the first step, of (\d+) s", output)
+        assert len(said) == compiled
+        found.append(losses(tmp_path / str(compiled)))
+    plain, compiled_losses = found
+    assert plain.keys() == compiled_losses.keys() == {1, 2, 3}
+    for step, figures in plain.items():
+        # Sums in another order, in float32; AdamW's first steps carry it on.
+        assert compiled_losses[step] == pytest.approx(figures, rel=1e-4)

@@ -1,21 +1,25 @@
 """What of a step could be done otherwise, and does it pay? Other AdamWs, other ways to run the teacher and to
-send the images.
+send the images, and a Swin V2 teacher whose position bias is kept.
 
-None of it is part of the product. For ``benchmarks/step.py --parts``, on the step's own networks and images.
+None of it is part of the product. For ``benchmarks/step.py --parts``, on the step's own networks and images;
+the teachers with a position bias are the same in every call.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import clock
 from benchmarks.clock import Protocol
 from benchmarks.step_setup import Setup
+from fd_scale.run import recipe as recipes
+from fd_scale.teachers import load
 
 
 def optimizers(parameters: Sequence[Tensor], device: str) -> dict[str, Callable[[], Any] | str]:
@@ -127,6 +131,88 @@ def measure_transfer(setup: Setup, protocol: Protocol) -> list[dict[str, Any]]:
     }
     times = clock.interleaved(works, setup.device.type, protocol)
     return [{"part": "transfer", "name": name, "us": found} for name, found in times.items()]
+
+
+SWIN_TEACHERS = {
+    "cuda": (("models", "swinv2_base", 128, 256), ("timm", "swinv2_base_window16_256", 128, 256)),
+    "cpu": (("models", "swinv2_tiny", 2, 256), ("timm", "swinv2_tiny_window16_256", 2, 256)),
+    "smoke": (("models", "swinv2_tiny", 1, 64), ("timm", "swinv2_tiny_window8_256", 1, 64)),
+}
+"""Library, architecture, images and their side, of the teachers whose position bias is kept."""
+
+
+class Kept(nn.Module):
+    """What a network gave once, given again."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, _: Tensor) -> Tensor:
+        """The same, whatever is asked."""
+        return self.value
+
+
+@torch.no_grad()
+def keep_biases(network: nn.Module, pixels_B3SS: Tensor) -> tuple[int, Callable[[], Any]]:
+    """Put what every CPB MLP gives in its place: the bytes that it takes, and what computes all of it.
+
+    In timm's blocks that is the table by offset, from which they gather; in ours the whole bias.
+    """
+    given: dict[nn.Module, Tensor] = {}
+    asked: dict[nn.Module, Tensor] = {}
+    owners = [module for module in network.modules() if getattr(module, "cpb_mlp", None) is not None]
+
+    def note(module: nn.Module, taken: tuple[Tensor], output: Tensor) -> None:
+        asked[module], given[module] = taken[0], output
+
+    hooks = [owner.cpb_mlp.register_forward_hook(note) for owner in owners]
+    network(pixels_B3SS)
+    for hook in hooks:
+        hook.remove()
+    for owner in owners:
+        owner.cpb_mlp = Kept(given[owner.cpb_mlp])
+
+    @torch.no_grad()
+    def compute() -> None:
+        for module, offsets in asked.items():
+            module(offsets)
+
+    return sum(value.nbytes for value in given.values()), compute
+
+
+def measure_bias(setup: Setup, protocol: Protocol) -> list[dict[str, Any]]:
+    """Rows for each Swin V2 teacher without a student: its position bias computed in every pass, kept, and
+    computed alone, which costs the same for any number of images."""
+    device, rows = setup.device.type, []
+    dtype = torch.bfloat16 if setup.resolved.bf16 else torch.float32
+    teachers = SWIN_TEACHERS["smoke" if protocol is clock.SMOKE else device]
+    for library, architecture, num_images, side in teachers:
+        spec = recipes.Teacher(library=library, architecture=architecture, weights="random", input_size=side)
+        computed, kept = (load(spec, device=setup.device, dtype=dtype, seed=0) for _ in range(2))
+        pixels = torch.randint(0, 256, (num_images, 3, side, side), dtype=torch.uint8, device=setup.device)
+        blank = torch.zeros(1, 3, side, side, dtype=dtype, device=setup.device)
+        num_bytes, alone = keep_biases(kept.network, blank)
+        works: dict[str, clock.Work] = {
+            "computed": partial(computed.features, pixels),
+            "kept": partial(kept.features, pixels),
+            "the bias alone": alone,
+        }
+        same = torch.equal(computed.features(pixels).tokens_BND, kept.features(pixels).tokens_BND)
+        times = clock.interleaved(works, device, protocol)
+        for how, found in times.items():
+            rows.append(
+                {
+                    "part": "position bias",
+                    "name": f"{architecture} of {library}, {how}",
+                    "us": found,
+                    "num_images": num_images,
+                    "time_over_computed": round(found["median"] / times["computed"]["median"], 4),
+                    "kept_mib": round(num_bytes / 2**20, 2) if how == "kept" else 0.0,
+                    "same_features": same,
+                }
+            )
+    return rows
 
 
 def whitened(tokens_BMD: Tensor) -> Tensor:

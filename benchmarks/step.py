@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from benchmarks import clock, record
-from benchmarks.alternatives import measure_optimizers, measure_teacher, measure_transfer
+from benchmarks.alternatives import measure_bias, measure_optimizers, measure_teacher, measure_transfer
 from benchmarks.clock import Protocol
 from benchmarks.step_setup import (
     BATCHES,
@@ -166,7 +166,7 @@ def run(
             found["left_out"].append("alternatives")
         elif alternatives:
             setup = Setup.of(models[0], VARIANTS["eager"], world, folder)
-            for measure_part in (measure_transfer, measure_optimizers, measure_teacher):
+            for measure_part in (measure_transfer, measure_optimizers, measure_teacher, measure_bias):
                 found["parts"] += measure_part(setup, protocol)
                 keep(found)
     keep(found)

@@ -143,6 +143,8 @@ def alternatives_table(device: str) -> Iterator[list[str]]:
     found = results(f"step-{device}") or results(f"step-{device}-vitb") or {"parts": []}
     for row in found["parts"]:
         value = row["left_out"] if "left_out" in row else f"{row['us']['median'] / 1e3:,.2f} ms"
+        if row.get("kept_mib"):
+            value += f", {row['kept_mib']:,.1f} MiB"
         error = f"{row['target_error']:.1e}" if "target_error" in row else ""
         yield [row["part"], row["name"], value, error]
 

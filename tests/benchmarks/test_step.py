@@ -49,6 +49,11 @@ def test_the_whole_of_it_tiny(tmp_path: Path) -> None:
     assert by_name["optimizer", "apex FusedAdam"]["left_out"] == "needs a CUDA device"
     assert by_name["optimizer", "torch, fused"]["us"]["median"] > 0
     assert by_name["teacher", "inference mode"]["target_error"] == 0
+    for network in ("swinv2_tiny of models", "swinv2_tiny_window8_256 of timm"):
+        row = by_name["position bias", f"{network}, kept"]
+        assert row["same_features"]
+        assert row["kept_mib"] > 0
+        assert by_name["position bias", f"{network}, the bias alone"]["us"]["median"] > 0
     assert kept[:2] == [1, 2]
     assert kept[-1] == 2 + len(by_name)
     assert sorted(kept) == kept

@@ -61,6 +61,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS, ids=Setting.label)
 def test_another_version_steps_by_itself_and_says_so(setting: Setting, pairs: dict[str, Any]) -> None:
     (led, led_weights, led_steps, quiet), (own, own_weights, own_steps, said) = pairs[setting.label()]

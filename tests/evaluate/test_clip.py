@@ -158,6 +158,7 @@ def refusal(world: World, asked: recipe_module.Recipe) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_embedding_and_its_export_has_it(tmp_path: Path) -> None:
     """Two processes under ZeRO-3."""
     write_scenes(tmp_path / "scenes", num_images=40, size=SIDE, seed=4, max_count=20)

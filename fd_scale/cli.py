@@ -5,6 +5,7 @@ Exit status: 0 done, 2 wrong input (one message), 1 our fault (a traceback), 128
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,6 +33,11 @@ app.command()(diagnose_cli.diagnose)
 app.command()(evaluate_cli.evaluate)
 app.command()(evaluate_cli.presets)
 
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+REFUSALS |= {errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
+"""What a file system says of a place that cannot be written to, which is for the user to put right. Verbs
+that run under a launcher end with status 1 after a full disk, so that a job is queued again."""
+
 RecipeOption = Annotated[
     str, typer.Option("--recipe", help="Name of a recipe (see `fd-scale recipes`) or path of a recipe.json.")
 ]
@@ -46,8 +52,17 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
-        sys.exit(2)
+        _refuse(str(error))
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "  # a write does not name its file
+        _refuse(f"{where}{error.strerror}; name another place, or make room or rights there")
+
+
+def _refuse(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", markup=False)
+    sys.exit(2)
 
 
 def _recipe(name: str, assignments: list[str] | None) -> Recipe:

@@ -126,6 +126,8 @@ def evaluate(
     probes are runs: the same command goes on where a stopped one left off.
     """
     _check_words(task, suite, networks)
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder for the records")
     of_runs: dict[str, object] = {"--preset": preset, "--set": set_, "--held-out": held_out}
     of_runs |= {"--global-batch": global_batch, "--dry-run": dry_run or None}
     of_runs |= {"--seeds": None if seeds == "0" else seeds}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -215,6 +215,8 @@ def load_student(weights: Path) -> torch.nn.Module:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise RunError(f"weights file {weights} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"weights file {weights} cannot be read: {error}") from None
     if "student" not in metadata:
         raise RunError(
             f"{weights} was not exported by fd_scale: its metadata names no student; a file of "

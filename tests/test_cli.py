@@ -1,7 +1,9 @@
-"""The command line: what the README prints is what it takes; wrong input ends with status 2."""
+"""The command line: what README and docs print is what it takes; wrong input ends with status 2."""
 
 from __future__ import annotations
 
+import errno
+import re
 import shlex
 import subprocess
 import sys
@@ -11,15 +13,18 @@ from pathlib import Path
 import pytest
 import typer
 
-from fd_scale.cli import app
+from fd_scale.cli import app, main
+from fd_scale.data.scenes import write_scenes
 from fd_scale.run import recipes
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands() -> Iterator[list[str]]:
     """The words after ``fd-scale`` or ``-m fd_scale`` in fenced lines without a language."""
-    blocks = README.read_text().split("```")[1::2]
+    blocks = [block for page in PAGES for block in page.read_text().split("```")[1::2]]
     for line in (line for block in blocks if block.startswith("\n") for line in block.splitlines()):
         words = shlex.split(line, comments=True)
         for start in (["fd-scale"], ["-m", "fd_scale"]):
@@ -29,11 +34,11 @@ def commands() -> Iterator[list[str]]:
 
 
 def test_the_readme_prints_commands() -> None:
-    assert len(list(commands())) >= 5
+    assert len(list(commands())) >= 30
 
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
-def test_a_command_of_the_readme_is_taken(words: list[str]) -> None:
+def test_a_printed_command_is_taken(words: list[str]) -> None:
     command = typer.main.get_command(app)
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
@@ -68,6 +73,33 @@ def test_wrong_words_end_with_status_2_and_one_message(tmp_path: Path) -> None:
     assert empty.returncode == 2
     assert str(tmp_path) in empty.stderr
     assert not any("Traceback" in result.stderr for result in (unknown, nothing, empty))
+
+
+def test_a_place_that_cannot_be_written_to_is_one_message(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_scenes(tmp_path / "set", num_images=2, size=16, seed=0, max_count=2)
+    for words in (
+        ["shards", "pack", str(tmp_path / "set"), str(tmp_path / "set" / "index.json" / "out")],
+        ["shards", "show", str(tmp_path / "set"), "--sheet", str(tmp_path / "set" / "index.json" / "a.png")],
+    ):
+        monkeypatch.setattr(sys, "argv", ["fd-scale", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert re.search(
+            r"error: .*index\.json.*: (Not a directory|File exists); name", capsys.readouterr().err
+        )
+
+
+def test_a_disk_that_is_full_is_one_message(monkeypatch, capsys) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fd_scale.data.scenes.write_scenes", full)
+    monkeypatch.setattr(sys, "argv", ["fd-scale", "shards", "scenes", "out"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: No space left on device; name another place")
 
 
 def test_the_largest_recipe_is_outlined_without_being_built() -> None:

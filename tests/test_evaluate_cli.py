@@ -17,6 +17,7 @@ REFUSALS = [
     (["--task", "knn", "--suite", "classification"], "give either --task or --suite"),
     (["--suite", "dense"], "unknown --suite 'dense'"),
     (["--task", "knn"], "--train is missing"),
+    (["--task", "knn", "--train", "SCENES", "--out", __file__], "is a file: name a folder for the records"),
     (["--task", "knn", "--preset", "fd_base"], "--preset: of no use to knn; for finetune, linear"),
     (["--task", "finetune", "--cache", "here"], "--cache: of no use to finetune"),
     (["--task", "finetune", "--clip", "a@b"], "--clip: of no use to finetune; for zeroshot, retrieval"),

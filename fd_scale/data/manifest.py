@@ -186,7 +186,7 @@ def listed(title: str, lines: Sequence[str]) -> str:
 def _raw(folder: Path) -> bytes:
     if not folder.is_dir():
         raise ShardError(
-            f"data.shards={str(folder)!r} is not a folder; fd-scale shards pack makes one from images"
+            f"{str(folder)!r} is not a folder of shards; fd-scale shards pack makes one from images"
         )
     path = folder / MANIFEST
     if not path.is_file():

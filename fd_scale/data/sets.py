@@ -36,6 +36,12 @@ def open_shards(recipe: RunRecipe, *, check: bool = True) -> ShardSet:
             "data.shards is not set: give the folder of shards with --set data.shards=FOLDER "
             "(make one with `fd-scale shards pack IMAGES FOLDER`)"
         )
+    if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+        field = "data.sources" if recipe.data.shards is None else "data.shards"
+        raise RecipeError(
+            f"{field} names {', '.join(missing)}, which is no folder; fd-scale shards pack makes one from "
+            "images"
+        )
     return ShardSet.open(*folders, access=access_of(recipe), check=check)
 
 

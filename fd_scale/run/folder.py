@@ -96,17 +96,20 @@ class RunFolder:
     def read_recipe(self) -> Recipe:
         """The recorded recipe of a distillation; raises ``RunError`` where it is missing, damaged or of
         another kind."""
+        values = _recorded(self)
+        if "task" in values:
+            raise RunError(
+                f"{self.path} is a run of `fd-scale evaluate --task {values['task']}`, and a run of "
+                "`fd-scale distill` is wanted here"
+            )
         return self.read_as(Recipe)
 
     def read_as(self, kind: type[R]) -> R:
         """The recorded recipe of a kind; errors as of ``read_recipe``."""
         try:
-            return checked(kind, read_values(RunFolder.at(self.path).recipe))
+            return checked(kind, _recorded(self))
         except RecipeError as error:
-            raise RunError(
-                f"{self.recipe} cannot be used: {error}\n"
-                "put it back from a copy (`fd-scale recipes NAME` prints one), or move the directory away"
-            ) from None
+            raise _unusable(self, error) from None
 
     @property
     def recipe(self) -> Path:
@@ -201,6 +204,21 @@ def environment() -> dict[str, Any]:
         "gpus": _gpus(),
         "slurm": {name.lower(): os.environ[name] for name in SLURM_FACTS if name in os.environ},
     }
+
+
+def _recorded(folder: RunFolder) -> dict[str, Any]:
+    """The plain values of the recorded recipe, not yet checked."""
+    try:
+        return read_values(RunFolder.at(folder.path).recipe)
+    except RecipeError as error:
+        raise _unusable(folder, error) from None
+
+
+def _unusable(folder: RunFolder, error: RecipeError) -> RunError:
+    return RunError(
+        f"{folder.recipe} cannot be used: {error}\n"
+        "put it back from a copy (`fd-scale recipes NAME` prints one), or move the directory away"
+    )
 
 
 def _is_new(path: Path) -> bool:

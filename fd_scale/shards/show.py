@@ -135,6 +135,7 @@ def contact_sheet(shards: ShardSet, places: Sequence[tuple[int, int]], path: Pat
             drawing.line((left + 2, top + 2, left + THUMBNAIL - 2, top + THUMBNAIL - 2), "red", 3)
             drawing.line((left + 2, top + THUMBNAIL - 2, left + THUMBNAIL - 2, top + 2), "red", 3)
         drawing.text((left + 3, top + THUMBNAIL), _caption(shards, shard, index), "black")
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     sheet.save(partial, "PNG")
     partial.replace(path)

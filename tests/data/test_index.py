@@ -103,7 +103,7 @@ def test_a_long_list_of_faults_is_cut_and_counted(tmp_path):
 
 
 def test_folders_that_are_no_set_say_what_to_do(tmp_path):
-    with pytest.raises(ShardError, match=r"absent' is not a folder.*shards pack"):
+    with pytest.raises(ShardError, match=r"absent' is not a folder of shards.*shards pack"):
         ShardSet.open(tmp_path / "absent")
     with pytest.raises(ShardError, match=r"no index\.json.*make it with fd-scale shards pack"):
         ShardSet.open(tmp_path)

@@ -150,3 +150,6 @@ def test_what_cannot_be_seen_is_refused(tmp_path):
     save_file({"weight": torch.zeros(1)}, foreign)
     with pytest.raises(RunError, match="was not exported by fd_scale"):
         of_export(foreign)
+    foreign.write_bytes(b"garbage")
+    with pytest.raises(RunError, match=r"foreign\.safetensors cannot be read: .*header"):
+        of_export(foreign)

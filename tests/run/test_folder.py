@@ -18,7 +18,7 @@ import pytest
 
 from fd_scale.errors import RunError
 from fd_scale.run import folder as folder_module
-from fd_scale.run import recipes
+from fd_scale.run import presets, recipes
 from fd_scale.run.folder import RunFolder, environment, write_atomically
 from fd_scale.run.recipe import derive
 
@@ -123,6 +123,12 @@ def test_looking_at_a_run(tmp_path):
         RunFolder.at(tmp_path / "none")
     with pytest.raises(RunError, match=r"is no run directory: it has no recipe\.json"):
         RunFolder.at(tmp_path)
+
+
+def test_a_run_that_learnt_labels_is_not_called_damaged(tmp_path):
+    made = RunFolder.open(tmp_path, derive(presets.recipe_of("fd_base", images=4096), **{"data.shards": "x"}))
+    with pytest.raises(RunError, match=r"is a run of `fd-scale evaluate --task finetune`, and a run of `fd-"):
+        made.read_recipe()
 
 
 def test_places_are_those_of_the_design(tmp_path):

@@ -86,8 +86,8 @@ def test_a_contact_sheet_shows_the_middle_of_each(tmp_path):
     samples = [(name, {"png": image}) for name, image in plain.items()] + [("bad", {"jpg": b"x"})]
     write_shards(samples, tmp_path / "set")
     shards = ShardSet.open(tmp_path / "set")
-    contact_sheet(shards, everything(shards), tmp_path / "sheet.png")
-    with Image.open(tmp_path / "sheet.png") as sheet:
+    contact_sheet(shards, everything(shards), tmp_path / "new" / "sheet.png")
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
         columns = sheet.width // THUMBNAIL
         assert columns * (sheet.height // THUMBNAIL) >= 4
         colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]

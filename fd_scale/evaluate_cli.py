@@ -137,37 +137,16 @@ def evaluate(
     _refuse_unused(task or "a suite", ("a suite",), {"--against": against})
     _refuse_unused(task or "a suite", IN_WORDS, {"--clip": clip})
     _refuse_unused(task or "a suite", (ZEROSHOT,), {"--classes": classes, "--templates": templates})
-    if task == RETRIEVAL:
+    if task in IN_WORDS:
+        from fd_scale.evaluate.clip import Question
         from fd_scale.evaluate.retrieval import retrieval
-
-        retrieval(
-            networks,
-            test,
-            clip=clip,
-            train=train,
-            crop_pct=crop_pct or 1.0,
-            batch=batch,
-            workers=workers,
-            out=out,
-            step=step,
-        )
-        return
-    if task == ZEROSHOT:
         from fd_scale.evaluate.zeroshot import zeroshot
 
-        zeroshot(
-            networks,
-            test,
-            clip=clip,
-            train=train,
-            classes=classes,
-            templates=templates,
-            crop_pct=crop_pct or 1.0,
-            batch=batch,
-            workers=workers,
-            out=out,
-            step=step,
-        )
+        question = Question(networks, test, train, clip, crop_pct or 1.0, batch, workers, out, step)
+        if task == RETRIEVAL:
+            retrieval(question)
+        else:
+            zeroshot(question, classes=classes, templates=templates)
         return
     if train is None:
         raise UserError("--train is missing: labelled shards to learn from")

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import open_clip
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from fd_scale.data.index import ShardSet
@@ -37,7 +39,9 @@ from fd_scale.evaluate.naming import (
     label,
     meaning,
     refuse_unused,
+    reports_of,
 )
+from fd_scale.evaluate.record import Record, table, write_all
 from fd_scale.export import choose, embedding_file
 from fd_scale.objective.targets import has_class_token
 from fd_scale.pixels import normalise
@@ -46,6 +50,8 @@ from fd_scale.run.world import World
 from fd_scale.student import Student, build_student
 from fd_scale.teachers import Teacher, load
 from fd_scale.teachers.fingerprint import fingerprint
+
+log = logging.getLogger("fd_scale")
 
 FIT_IMAGES = 4096
 """Training images of the affine map of ``destandardised``."""
@@ -307,3 +313,41 @@ def _asked_export(text: str, weights: Path, tower: Clip, device: torch.device) -
         backbone.input_size,
         {"projected": lambda pixels: backbone.pooled(pixels)[PROJECTED]},
     )
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the tasks of networks in words are asked alike: of which networks, on which images, read how."""
+
+    networks: Sequence[str]
+    """CLIPs (``open_clip:NAME@WEIGHTS``), students of a CLIP, and exports with a head to its embedding."""
+    test: Path
+    train: Path | None
+    """Shards on which ``destandardised`` is fitted; None leaves that mode out."""
+    clip: str | None
+    """The text tower of networks that bring none, ``NAME@WEIGHTS``."""
+    crop_pct: float
+    batch: int
+    workers: int
+    out: Path | None
+    """Folder of the records; by default the reports of the run that the first network is of."""
+    step: int | None
+
+    def answering(self, world: World) -> Iterator[tuple[float, Clip, Asked]]:
+        """Each network with its text tower, and when its turn began (``time.perf_counter``, s). Collective.
+
+        Raises as ``load_clip`` and ``asked`` do.
+        """
+        train = self.train
+        fit = None if train is None else world.together(lambda: ShardSet.open(train))
+        for text in self.networks:
+            begin = time.perf_counter()
+            tower = world.together(partial(load_clip, clip_for(text, self.clip), world.device))
+            yield begin, tower, asked(text, tower, fit, self.step, world)
+
+    def tell(self, records: Sequence[Record], world: World) -> None:
+        """Write the records, and print their table. Collective."""
+        for path in world.on_main(lambda: write_all(records, self.out or reports_of(self.networks[0]))):
+            log.info("%s", path)
+        if world.is_main:
+            Console(soft_wrap=True).print(table(records))

@@ -11,31 +11,25 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 from fd_scale.data.index import ShardSet
 from fd_scale.data.loader import evaluation_batches
 from fd_scale.data.reader import Batch
-from fd_scale.evaluate.clip import Asked, Clip, asked, clip_for, load_clip
+from fd_scale.evaluate.clip import Asked, Clip, Question
 from fd_scale.evaluate.features import EvaluationError, data_record
 from fd_scale.evaluate.job import launch
-from fd_scale.evaluate.naming import reports_of
-from fd_scale.evaluate.record import Record, table, write_all
+from fd_scale.evaluate.record import Record
 from fd_scale.run.folder import environment
 from fd_scale.run.world import World
-
-log = logging.getLogger("fd_scale")
 
 KS = (1, 5, 10)
 CHUNK = 512
@@ -104,29 +98,14 @@ def captions_of(members: Mapping[str, bytes], key: str) -> list[str]:
     return texts
 
 
-def retrieval(
-    networks: Sequence[str],
-    test: Path,
-    *,
-    clip: str | None,
-    train: Path | None,
-    crop_pct: float,
-    batch: int,
-    workers: int,
-    out: Path | None,
-    step: int | None,
-) -> None:
+def retrieval(question: Question) -> None:
     """Measure CLIPs (``open_clip:NAME@WEIGHTS``) and students of a CLIP, print a table and write records;
     ends the process and never returns."""
 
     def action(world: World) -> None:
-        shards = world.together(lambda: ShardSet.open(test))
-        fit = None if train is None else world.together(lambda: ShardSet.open(train))
+        shards = world.together(lambda: ShardSet.open(question.test))
         records = []
-        for text in networks:
-            begin = time.perf_counter()
-            tower = world.together(partial(load_clip, clip_for(text, clip), world.device))
-            network = asked(text, tower, fit, step, world)
+        for begin, tower, network in question.answering(world):
             for mode in network.modes:
                 look = partial(
                     embed,
@@ -135,24 +114,21 @@ def retrieval(
                     mode,
                     tower,
                     world,
-                    crop_pct=crop_pct,
-                    batch=batch,
-                    workers=workers,
+                    crop_pct=question.crop_pct,
+                    batch=question.batch,
+                    workers=question.workers,
                 )
                 found = Embedded.together(world.gather(world.together(look)))
                 records.append(
                     Record(
                         **_record(found, network, mode, tower),
-                        protocol={"ks": list(KS), "crop_pct": crop_pct},
+                        protocol={"ks": list(KS), "crop_pct": question.crop_pct},
                         data={"test": data_record(shards)},
                         environment=environment(),
                         wall_s=time.perf_counter() - begin,
                     )
                 )
-        for path in world.on_main(lambda: write_all(records, out or reports_of(networks[0]))):
-            log.info("%s", path)
-        if world.is_main:
-            Console(soft_wrap=True).print(table(records))
+        question.tell(records, world)
 
     launch(action)
 

@@ -8,7 +8,6 @@ Shape letters: B images, E the joint embedding, C classes.
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Sequence
@@ -19,20 +18,16 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 from fd_scale.data.index import ShardSet
 from fd_scale.evaluate import accuracy
-from fd_scale.evaluate.clip import Clip, Embed, asked, clip_for, load_clip
+from fd_scale.evaluate.clip import Clip, Embed, Question
 from fd_scale.evaluate.features import EvaluationError, data_record
 from fd_scale.evaluate.job import launch
-from fd_scale.evaluate.naming import reports_of
-from fd_scale.evaluate.record import Record, table, write_all
+from fd_scale.evaluate.record import Record
 from fd_scale.run.folder import environment
 from fd_scale.run.world import World
-
-log = logging.getLogger("fd_scale")
 
 _WNID = re.compile(r"n\d{8}")
 
@@ -96,45 +91,28 @@ def _lines(file: Path, option: str) -> list[str]:
     return found
 
 
-def zeroshot(
-    networks: Sequence[str],
-    test: Path,
-    *,
-    clip: str | None,
-    train: Path | None,
-    classes: Path | None,
-    templates: Path | None,
-    crop_pct: float,
-    batch: int,
-    workers: int,
-    out: Path | None,
-    step: int | None,
-) -> None:
+def zeroshot(question: Question, *, classes: Path | None, templates: Path | None) -> None:
     """Measure CLIPs (``open_clip:NAME@WEIGHTS``) and students of a CLIP, print a table and write records;
     ends the process and never returns."""
 
     def action(world: World) -> None:
-        shards = world.together(lambda: ShardSet.open(test))
-        fit = None if train is None else world.together(lambda: ShardSet.open(train))
+        shards = world.together(lambda: ShardSet.open(question.test))
         names = world.together(lambda: class_names(shards, classes))
         phrases = world.together(lambda: templates_of(templates))
         records = []
-        for text in networks:
-            begin = time.perf_counter()
-            tower = world.together(partial(load_clip, clip_for(text, clip), world.device))
+        for begin, tower, network in question.answering(world):
             weights_EC = text_weights(tower, names, phrases)
-            network = asked(text, tower, fit, step, world)
             for mode, embed in network.modes.items():
                 found = accuracy.measure(
                     partial(_predict, embed, weights_EC),
                     shards,
                     world,
                     size=network.input_size,
-                    crop_pct=crop_pct,
-                    batch=batch,
-                    workers=workers,
+                    crop_pct=question.crop_pct,
+                    batch=question.batch,
+                    workers=question.workers,
                 )
-                protocol = {"templates": len(phrases), "classes": names, "crop_pct": crop_pct}
+                protocol = {"templates": len(phrases), "classes": names, "crop_pct": question.crop_pct}
                 records.append(
                     Record(
                         task="zeroshot",
@@ -151,10 +129,7 @@ def zeroshot(
                         wall_s=time.perf_counter() - begin,
                     )
                 )
-        for path in world.on_main(lambda: write_all(records, out or reports_of(networks[0]))):
-            log.info("%s", path)
-        if world.is_main:
-            Console(soft_wrap=True).print(table(records))
+        question.tell(records, world)
 
     launch(action)
 

@@ -241,14 +241,14 @@ def _chunks(count: int) -> list[slice]:
 
 
 def _record(found: Embedded, network: Asked, mode: str, tower: Clip) -> dict[str, Any]:
-    """What a record says of it."""
+    """What a record says of it; its metrics name the mode, so that each mode has a file and a row."""
     return {
         "task": "retrieval",
         "model": network.name,
         "feature": "cls",
         "network": network.record,
-        "metrics": {name: [value] for name, value in recalls(found).items()},
-        "headline": HEADLINE,
+        "metrics": {f"{name}_{mode}": [value] for name, value in recalls(found).items()},
+        "headline": f"{HEADLINE}_{mode}",
         "num_test": len(found.texts_ME),
         "facts": {
             "mode": mode,

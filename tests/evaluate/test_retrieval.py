@@ -22,6 +22,7 @@ from fd_scale.evaluate import retrieval
 from fd_scale.evaluate.clip import Asked, Clip, clip_for
 from fd_scale.evaluate.features import EvaluationError
 from fd_scale.evaluate.naming import SourceError
+from fd_scale.evaluate.record import Record
 from fd_scale.evaluate.retrieval import Embedded, captions_of, embed, recalls
 from tests.evaluate.test_zeroshot import SIDE, clip  # noqa: F401
 
@@ -148,3 +149,19 @@ def test_what_cannot_be_asked_is_refused() -> None:
         Embedded.together([nothing, nothing])
     with pytest.raises(SourceError, match="a_run has no text tower: name its teacher's, as --clip"):
         clip_for("a_run", None)
+
+
+def test_every_mode_has_a_record_of_its_own() -> None:
+    found = Embedded(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), 0)
+    network: Any = SimpleNamespace(name="student", record={"sha256": "0"})
+    tower: Any = SimpleNamespace(name="clip")
+    records = [
+        Record(**retrieval._record(found, network, mode, tower), protocol={}, data={})
+        for mode in ("projected", "direct")
+    ]
+    assert [record.headline for record in records] == [
+        "text_to_image_r1_projected",
+        "text_to_image_r1_direct",
+    ]
+    assert len({record.file_name for record in records}) == 2
+    assert all(record.mean == 1.0 for record in records)

@@ -248,9 +248,6 @@ def _ours(shards: Path, decoder: Decoder) -> int:
     return sum(len(batch) for batch in loader)
 
 
-# One process, images in memory.
-
-
 def _alone(images: Sequence[bytes]) -> dict[str, Callable[[], int]]:
     """Views by each decoder, and its limit: the regions of the same crops, and nothing else."""
     ways: dict[str, Callable[[], int]] = {}
@@ -277,9 +274,6 @@ def _decode_regions(images: Sequence[bytes], decoder: Decoder) -> int:
     for picture, box in _boxes(images, decoder):
         picture.region(*box[:4])
     return len(images)
-
-
-# Reading alone.
 
 
 def _readers(shards: Path) -> dict[str, Callable[[], int]]:

@@ -21,7 +21,6 @@ METRICS = {
     "images_per_s": "images per second",
 }
 """Of the run's metrics, those that are drawn, by name."""
-TICKS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
 def landscape_figure(results: Results, stage: Stage) -> Drawing | None:

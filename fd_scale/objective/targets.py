@@ -95,13 +95,6 @@ def select(features: Features, *, granularity: Granularity, cls: Cls) -> Tensor:
     return torch.cat((features.tokens_BND[:, :1], features.patches_BND), dim=1)
 
 
-def num_selected(grid: tuple[int, int], *, granularity: Granularity, cls: Cls) -> int:
-    """How many tokens ``select`` gives for a map of this grid (height, width)."""
-    if granularity != "full":
-        return 1
-    return grid[0] * grid[1] + has_class_token(granularity=granularity, cls=cls)
-
-
 def mean_as_class(features: Features) -> Features:
     """The same map with its mean patch in the place of the class token and of every other prefix token."""
     patches_BND = features.patches_BND

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fd_scale.objective.features import Features
-from fd_scale.objective.targets import l2_normalise, l2_scaled, mean_as_class, num_selected, select, whiten
+from fd_scale.objective.targets import l2_normalise, l2_scaled, mean_as_class, select, whiten
 from tests.reference import objective as reference
 
 
@@ -92,7 +92,6 @@ def test_selection(prefix: int, granularity: Any, cls: Any, expected: list[float
     got = select(features, granularity=granularity, cls=cls)
     assert got[0, :, 0].tolist() == expected
     assert got[0, :, 1].tolist() == [-x for x in expected]
-    assert num_selected(features.grid, granularity=granularity, cls=cls) == len(expected)
 
 
 @pytest.mark.parametrize(("granularity", "cls"), [("full", "match"), ("full", "mean"), ("cls", "match")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,20 @@ def test_words_that_do_not_go_together_are_refused(words: list[str], message: st
     result = CliRunner().invoke(app, ["evaluate", "timm:test_vit@random", "--test", str(scenes), *words])
     assert isinstance(result.exception, UserError), result.output
     assert message in str(result.exception)
+
+
+def test_a_suite_of_two_input_sizes_is_refused_before_anything_is_measured(
+    scenes: Path, tmp_path: Path
+) -> None:
+    words = ["timm:test_vit@random", "--against", "timm:vit_tiny_patch16_224@random", "--suite"]
+    words += ["classification", "--train", str(scenes), "--test", str(scenes), "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fd_scale", "evaluate", *words], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 2, done.stderr
+    assert "takes 224 pixels and" in done.stderr
+    assert "160, which do not compare: give --against" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_prints_the_effective_hyper_parameters(scenes: Path) -> None:

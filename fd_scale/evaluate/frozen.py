@@ -20,6 +20,7 @@ from fd_scale.evaluate import knn, linear_fast, overlap, suite
 from fd_scale.evaluate.backbone import Backbone
 from fd_scale.evaluate.features import (
     CROP_PCT,
+    EvaluationError,
     LabelledFeatures,
     check_classes,
     data_record,
@@ -67,17 +68,22 @@ def run_suite(
     def action(world: World) -> None:
         folder = out or reports_of(network)
         pair = open_pair(train, test, world)
-        names = []
-        for text in (against, network):
-            chosen = step if text == network else None
-            opened = partial(open_source, text, step=chosen, device=world.device)
-            backbone = world.together(opened)
-            names.append(backbone.name)
+        before, after = (
+            world.together(partial(open_source, text, step=chosen, device=world.device))
+            for text, chosen in ((against, None), (network, step))
+        )
+        if before.input_size != after.input_size:
+            raise EvaluationError(
+                f"{before.name} takes {before.input_size} pixels and {after.name} {after.input_size}, which "
+                "do not compare: give --against a network of the same size, or measure each by --task"
+            )
+        for backbone in (before, after):
             for task in TASKS:
                 found = measure(task, backbone, pair, reading, world)
                 world.on_main(partial(write_all, found, folder))
+        names = {before.name, after.name}
         kept = [one for one in world.on_main(lambda: suite.read_all([folder])) if one.model in names]
-        compared = suite.compare(kept, names[0])
+        compared = suite.compare(kept, before.name)
         for path in world.on_main(lambda: suite.write_reports(compared, folder)):
             log.info("%s", path)
         if world.is_main:

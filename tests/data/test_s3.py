@@ -1,4 +1,8 @@
-"""Shards in S3, from a server that speaks its protocol: indexed, read and refused like local ones."""
+"""Shards in S3, from a server that speaks its protocol: indexed, read and refused like local ones.
+
+Needs ``pip install s3fs 'moto[server]'``, which are no part of the extra ``dev``: both bring Amazon's
+packages, of which there is a release a day, and pip tries hundreds of them beside everything else.
+"""
 
 from __future__ import annotations
 

@@ -69,6 +69,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(seconds, exit=True, file=self._stderr)  # type: ignore[arg-type]
 
     def _end(self, silent_s: float) -> None:
+        self._wind_timer(2 * GATHER_S)  # its time for the others is not to run out while they are waited for
         path = self._folder / f"rank-{self._rank:05d}.txt"
         _say(
             f"rank {self._rank}: nothing came for {silent_s:.0f} s after {self._where} (run.watchdog_s); "

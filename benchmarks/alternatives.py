@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks import clock
 from benchmarks.clock import Protocol
 from benchmarks.step_setup import Setup
+from fd_scale.objective.targets import whiten
 from fd_scale.run import recipe as recipes
 from fd_scale.teachers import load
 
@@ -88,7 +89,7 @@ def measure_teacher(setup: Setup, protocol: Protocol) -> list[dict[str, Any]]:
     ways: dict[str, Callable[[], Any] | str] = {"no_grad": plain, "inference mode": inference}
     graph, float8 = "CUDA graph", "float8 (torchao, per row)"
     ways |= {graph: "needs a CUDA device", float8: "needs a CUDA device"}
-    exact = whitened(plain()[0])
+    exact = whiten(plain()[0])
     outputs: dict[str, list[Tensor]] = {}
     if device == "cuda":
         ways[graph], outputs[graph] = clock.captured(plain, device)
@@ -215,11 +216,6 @@ def measure_bias(setup: Setup, protocol: Protocol) -> list[dict[str, Any]]:
     return rows
 
 
-def whitened(tokens_BMD: Tensor) -> Tensor:
-    """Targets as the loss makes them."""
-    return torch.nn.functional.layer_norm(tokens_BMD.float(), tokens_BMD.shape[-1:])
-
-
 def _teacher_row(
     name: str,
     way: Callable[[], Any] | str,
@@ -232,5 +228,5 @@ def _teacher_row(
         return {"part": "teacher", "name": name, "left_out": way}
     times = clock.timed(way, device, protocol)
     found = way() if outputs is None else outputs
-    error = (whitened(found[0]) - exact).norm() / exact.norm()
+    error = (whiten(found[0]) - exact).norm() / exact.norm()
     return {"part": "teacher", "name": name, "us": times, "target_error": round(error.item(), 6)}

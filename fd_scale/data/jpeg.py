@@ -2,9 +2,9 @@
 
 ``turbojpeg`` decodes a region at full or smaller size, and no more; ``nvimgcodec`` does so at full size only
 (both in the extra ``fastjpeg``); ``simplejpeg`` decodes the whole image and cuts; ``pillow`` does the same,
-slower, and reads what the others refuse. All four are libjpeg-turbo with its accurate
-transform and agree bit for bit. Images of other formats, and what is done about colour spaces and
-orientation, are the business of ``decode``.
+slower, and reads what the others refuse. All four are libjpeg-turbo with its accurate transform and agree bit
+for bit. Images of other formats, and what is done about colour spaces and orientation, are the business of
+``decode``.
 """
 
 from __future__ import annotations

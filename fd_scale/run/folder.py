@@ -102,14 +102,11 @@ class RunFolder:
                 f"{self.path} is a run of `fd-scale evaluate --task {values['task']}`, and a run of "
                 "`fd-scale distill` is wanted here"
             )
-        return self.read_as(Recipe)
+        return _read_as(self, Recipe, values)
 
     def read_as(self, kind: type[R]) -> R:
         """The recorded recipe of a kind; errors as of ``read_recipe``."""
-        try:
-            return checked(kind, _recorded(self))
-        except RecipeError as error:
-            raise _unusable(self, error) from None
+        return _read_as(self, kind, _recorded(self))
 
     @property
     def recipe(self) -> Path:
@@ -210,6 +207,13 @@ def _recorded(folder: RunFolder) -> dict[str, Any]:
     """The plain values of the recorded recipe, not yet checked."""
     try:
         return read_values(RunFolder.at(folder.path).recipe)
+    except RecipeError as error:
+        raise _unusable(folder, error) from None
+
+
+def _read_as(folder: RunFolder, kind: type[R], values: Mapping[str, Any]) -> R:
+    try:
+        return checked(kind, values)
     except RecipeError as error:
         raise _unusable(folder, error) from None
 

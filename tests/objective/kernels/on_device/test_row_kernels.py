@@ -1,8 +1,7 @@
 """The Triton kernels against float64, on a CUDA device or in Triton's interpreter
 (``test_interpreter.py`` starts it).
 
-The interpreter truncates bfloat16 stores where a GPU rounds, so bfloat16 may be off twice the rounding
-error there.
+The interpreter truncates bfloat16 stores, where a GPU rounds: twice the rounding error is allowed there.
 """
 
 from __future__ import annotations
